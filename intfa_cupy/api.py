@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from . import arrays, dispatch
 from .problem import Problem, default_scale, normalize_window, shape_of_qkv
 from .quantized import QuantizedQKV
@@ -151,7 +149,8 @@ def attention(
     A NaN or an infinity in a row of Q makes that row of the result NaN. One anywhere in a head of K or
     V makes every row of every query head that uses it NaN, whether or not the row could see the key:
     scales and means are shared over the sequence. "Not finite" is judged in float32, so a float64 beyond
-    3.4e38 counts.
+    3.4e38 counts. Scores beyond float32 (q . k above 1e38) give NaN too. A float16 result saturates at
+    65504.
 
     INT-FlashAttention, arXiv 2409.16997, Algorithm 1, is ``recipe="paper-int8"``.
 
@@ -261,7 +260,7 @@ def attention_quantized(
     """
     if not isinstance(qkv, QuantizedQKV):
         raise TypeError(f"qkv must be a QuantizedQKV, got {type(qkv).__name__}")
-    dtype = qkv.out_dtype if out_dtype is None else _out_dtype(out_dtype)
+    dtype = qkv.out_dtype if out_dtype is None else arrays.floating_name("out_dtype", out_dtype)
     B, H, Sq, D = qkv.q.shape
     Hkv, Sk = qkv.k.shape[1:3]
     left, right = normalize_window(window, is_causal)
@@ -282,16 +281,6 @@ def attention_quantized(
     result, lse = attention_numpy(qkv, problem)
     done = arrays.like(result, result, dtype)
     return (done, lse) if return_lse else done
-
-
-def _out_dtype(out_dtype: Any) -> str:
-    try:
-        name = str(np.dtype(out_dtype))
-    except TypeError:
-        name = str(out_dtype).removeprefix("torch.")
-    if name not in arrays.FLOATING:
-        raise ValueError(f"out_dtype must be one of {', '.join(arrays.FLOATING)}; got {out_dtype!r}")
-    return name
 
 
 def explain(

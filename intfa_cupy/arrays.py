@@ -15,6 +15,7 @@ __all__ = [
     "FLOATING",
     "check_floating",
     "dtype_name",
+    "floating_name",
     "from_bhsd",
     "kind",
     "like",
@@ -49,6 +50,23 @@ def shape(x: Any) -> tuple[int, ...]:
 def dtype_name(x: Any) -> str:
     """Return NumPy's name of an array's dtype (``"float16"`` for ``torch.float16``)."""
     return str(x.dtype).removeprefix("torch.")
+
+
+def floating_name(name: str, dtype: Any) -> str:
+    """Return NumPy's name of a dtype that the operator can return.
+
+    Raises
+    ------
+    ValueError
+        Names the argument, what came and what is allowed.
+    """
+    try:
+        found = str(np.dtype(dtype))
+    except TypeError:
+        found = str(dtype).removeprefix("torch.")
+    if dtype is None or found not in FLOATING:
+        raise ValueError(f"{name} must be one of {', '.join(FLOATING)}; got {dtype!r}")
+    return found
 
 
 def check_floating(name: str, x: Any, like: Any = None) -> Any:
@@ -95,7 +113,13 @@ def to_numpy(x: Any) -> np.ndarray:
 
 
 def like(result: np.ndarray, x: Any, dtype: str) -> Any:
-    """Return a NumPy result as an array of x's kind, on x's device, with the named dtype."""
+    """Return a NumPy result as an array of x's kind, on x's device, with the named dtype.
+
+    float16 saturates: a rounded P can carry an output past the largest V by a fraction of a percent,
+    and near 65504 that must not become an infinity.
+    """
+    if dtype == "float16":
+        result = np.clip(result, -65504, 65504)
     result = result.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)), copy=False)
     which = kind(x)
     if which == "cupy":
@@ -122,7 +146,7 @@ def write(out: Any, result: np.ndarray, q: Any) -> Any:
     elif kind(out) == "cupy":
         out[...] = like(result, q, dtype_name(out))
     else:
-        np.copyto(out, result, casting="same_kind" if result.dtype != out.dtype else "no")
+        np.copyto(out, like(result, q, dtype_name(out)))
     return out
 
 

@@ -47,7 +47,7 @@ def guard(qkv: QuantizedQKV) -> np.ndarray:
     for t in (qkv.k, qkv.v):
         # Formats with scales carry the mark there; unscaled ones in the values.
         data = t.values if t.scale is None else t.scale
-        bad |= ~np.isfinite(data.astype(np.float32)).reshape(B, Hkv, -1).all(axis=2)
+        bad |= ~np.isfinite(data.astype(np.float32)).all(axis=tuple(range(2, data.ndim)))
     return np.where(bad, np.float32(np.nan), np.float32(0)).astype(np.float32)
 
 
@@ -91,7 +91,7 @@ def _key_value_head(qkv: QuantizedQKV, b: int, hk: int, mark: np.float32) -> _Ke
         v_scale = np.float32(1)  # type: ignore[assignment]
     elif qkv.recipe.folded_v:
         token = qkv.v.scale[b, hk]
-        v_scale = token.max()
+        v_scale = token.max(initial=0)
         v_log2, v_inverse = np.log2(token / v_scale), v_scale / token
     else:
         v_scale = qkv.v.scale[b, hk]

@@ -15,6 +15,7 @@ __all__ = ["MAX_HEAD_DIM", "Problem", "default_scale", "normalize_window", "shap
 MAX_HEAD_DIM = 256
 
 LAYOUTS = ("bhsd", "bshd")
+_FLOAT32_MAX = 3.4028234e38
 Window = tuple[int, int]
 
 
@@ -111,11 +112,14 @@ def default_scale(scale: object, D: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(D)
     try:
+        if isinstance(scale, (str, bytes)):  # float() would read it
+            raise TypeError
         value = float(scale)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"scale must be a real number or None, got {scale!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"scale must be finite, got {value}")
+    # Every backend multiplies by scale * log2(e) in float32.
+    if not abs(value) * math.log2(math.e) < _FLOAT32_MAX:
+        raise ValueError(f"scale must be finite in float32, got {value}")
     return value
 
 

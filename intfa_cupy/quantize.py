@@ -48,7 +48,7 @@ def rotate(x: np.ndarray) -> np.ndarray:
         part = x[:, start : start + block].copy()
         h = 1
         while h < block:
-            pairs = part.reshape(len(x), -1, 2, h)
+            pairs = part.reshape(len(x), block // (2 * h), 2, h)
             a, b = pairs[:, :, 0], pairs[:, :, 1]
             pairs[:, :, 0], pairs[:, :, 1] = a + b, a - b
             h *= 2
@@ -289,7 +289,7 @@ def quantize_numpy(
     """
     B, H, Sq, D = q.shape
     Hkv, Sk = k.shape[1:3]
-    group = H // Hkv
+    group = H // max(Hkv, 1)
     is_half = q.dtype == np.float16
     parts = {
         "q": _Collector("q", recipe, (B, H, Sq, D)),
@@ -306,7 +306,8 @@ def quantize_numpy(
                 for n, head in enumerate(heads):
                     h = hk * group + n
                     if lse_shift is not None:
-                        lse_shift[b, h] = head @ stats.mean
+                        # float64, so that the order of summation, which is the BLAS's choice, does not show.
+                        lse_shift[b, h] = head.astype(np.float64) @ stats.mean
                     prepared = prepare(head, stats.factor, recipe)
                     parts["q"].put(b, h, *_quantize_head(prepared, "q", recipe, is_half))
                 if recipe.smooth_k:

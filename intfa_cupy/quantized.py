@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from . import arrays
 from .recipes import BITS, Recipe, get_recipe
 
 __all__ = ["CHANNEL_GROUP", "TILE", "QuantizedQKV", "QuantizedTensor", "pack_int4", "tiles_of", "unpack_int4"]
@@ -211,8 +212,8 @@ class QuantizedQKV:
             How to read them, and how to round P.
         lse_shift : numpy.ndarray of float32 (B, H, Sq), optional
             Added, times the scale, to the log-sum-exp.
-        out_dtype : str
-            The output's default dtype.
+        out_dtype : str or dtype
+            The output's default dtype, as :func:`intfa_cupy.attention_quantized` takes it.
 
         Returns
         -------
@@ -226,6 +227,10 @@ class QuantizedQKV:
         from .problem import shape_of_qkv
 
         recipe = get_recipe(recipe)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(x, np.ndarray):
+                raise TypeError(f"{name} must be a NumPy array, got {type(x).__name__}")
+        out_dtype = arrays.floating_name("out_dtype", out_dtype)
         B, H, Hkv, Sq, Sk, D = shape_of_qkv(q.shape, k.shape, v.shape, "bhsd")
         if q.ndim != 4:
             raise ValueError(f"q must have 4 dimensions (B, H, Sq, D), got shape {q.shape}")
@@ -300,7 +305,8 @@ def _check_scale(name: str, scale: Array | None, want: tuple[int, ...] | None) -
         raise ValueError(f"{name} must have shape {want}, got {scale.shape}")
     if scale.dtype.kind != "f":
         raise TypeError(f"{name} must be floating, got {scale.dtype}")
-    scale = np.ascontiguousarray(scale, np.float32)
+    with np.errstate(over="ignore"):  # float64 beyond float32 is refused just below
+        scale = np.ascontiguousarray(scale, np.float32)
     if not (np.isfinite(scale).all() and (scale > 0).all()):
         raise ValueError(f"{name} must be finite and positive")
     return scale
