@@ -1,0 +1,830 @@
+// Attention forward on mma.sync, everything in registers: Ampere, Ada and later.
+//
+// Per query row i and tile t of 128 keys, exponents to base 2:
+//
+//     S   = q . k                                      int32, exact (floating formats: float32)
+//     x   = S * q_scale * k_scale * scale * log2(e)    V folded: + log2 of the key's V scale
+//     m_t = max of x over the visible keys of the tile
+//     P   = round(LEVELS * 2^(x - m_t))                unsigned bytes, against the tile's own maximum
+//     O  += (P v) * 2^(m_t - m_ref)                    int32 product of one tile, exact; float accumulator
+//     l  += sum(P) * 2^(m_t - m_ref)                   V folded: LEVELS * sum(2^(x - m_t) / V scale) instead
+//     out = O * v_scale / l
+//
+// m_ref is the maximum of the row's first visible tile and moves, O and l with it, only when a tile exceeds it by more
+// than 60. With kRunning P stands against m_ref itself, which then follows the running maximum: the online softmax.
+//
+// A warp owns 16 * M_TILES query rows and all keys; Q, S, P and O are register fragments. Lane 4r+q of a score
+// fragment holds keys 8i+2q, 8i+2q+1 of rows r and r+8. A 16-bit operand of the second product wants just these; an
+// 8-bit one wants four neighbours 4q..4q+3, and the quantiser stores V's keys in the order that makes them coincide
+// (packing.py). So P never moves between lanes.
+//
+// Within a tile a warp takes the maxima beside Q K^T, fragment by fragment, and P V beside the exponentials, 32 keys at
+// a time. The rest of the waiting is left to the other warps of the SM: more warps beat more work per warp.
+//
+// The warps of a block share tiles of K and V, which arrive by cp.async as they lie in global memory: the quantiser
+// swizzled them for conflict-free ldmatrix. Three schedules, by the numbers of buffers:
+//     K 2, V 2   one barrier per tile
+//     K 2, V 1   two barriers: V of tile t arrives during Q K^T of tile t
+//     K 1, V 1   three barriers, the least memory: K of tile t+1 arrives during the softmax and P V
+//
+// Shared memory (dynamic, SMEM bytes): K buffers, V buffers, two buffers of scales, Q if it does not stay in registers,
+// and what the loop seldom needs.
+//
+// Formats. Q: plain rows of Dp elements. K: tiles of 128 keys, rows of Dp elements in slabs of up to 128 bytes,
+// swizzled. V: 8-bit: transposed tiles, swizzled; 16-bit: plain rows of Dp elements. 4-bit rows: byte c of each 16
+// holds channels c (low nibble) and 16 + c (high) of a group of 32.
+
+#include "mask.cuh"
+#include "mma.cuh"
+#include "params.cuh"
+#include "softmax.cuh"
+
+namespace intfa {
+
+// --- the tile and the recipe, given by tiles.py ------------------------------------------------------------------
+
+constexpr int Dp = INTFA_DP;
+constexpr int kWarps = INTFA_WARPS;
+constexpr int kM = INTFA_M_TILES;                        // 16-row fragments per warp
+constexpr int kKeyBuffers = INTFA_K_BUFFERS;
+constexpr int kValueBuffers = INTFA_V_BUFFERS;
+constexpr int kBeside = INTFA_BESIDE;                    // 16-channel blocks of integer P V beside the exponentials
+constexpr bool kQueryInRegisters = INTFA_QUERY_IN_REGISTERS;
+constexpr int kQueryFormat = INTFA_Q_FORMAT;
+constexpr int kKeyFormat = INTFA_K_FORMAT;
+constexpr int kValueFormat = INTFA_V_FORMAT;             // of P, too: kInt8 means unsigned bytes for P
+constexpr int kLevels = INTFA_P_LEVELS;                  // what the probability 1 is stored as
+constexpr bool kRunning = INTFA_P_RUNNING;
+constexpr int kKeyScale = INTFA_K_SCALE;
+constexpr bool kQueryChannelScale = INTFA_Q_CHANNEL_SCALE;  // Q has a scale per token and 32 channels (4-bit Q)
+constexpr bool kFolded = INTFA_V_FOLDED;
+using Out = Element<INTFA_OUT>;
+
+constexpr int kRowsPerWarp = 16 * kM;
+constexpr int kRows = kWarps * kRowsPerWarp;
+constexpr int kThreads = kWarps * 32;
+
+// What a score is before it is scaled.
+constexpr bool kInteger = kKeyFormat == kInt8 || kKeyFormat == kInt4;
+constexpr bool kGrouped = kKeyScale == kScaleChannel;    // summed in float over groups of 32 channels
+// One scale covers all keys of a thread: scores stay integers until the exponent.
+constexpr bool kRaw = kInteger && (kKeyScale == kScaleGroup || kKeyScale == kScaleTile);
+constexpr bool kTokenScale = kKeyScale == kScaleToken;
+constexpr bool kIntegerP = kValueFormat == kInt8;
+constexpr bool kWideV = kValueFormat == kHalf || kValueFormat == kBrain;
+constexpr bool kProductSum = (kIntegerP && !kFolded) || kWideV;  // l sums the rounded P: one more column of the product
+
+// Running maximum: m_ref may lag behind by as much as costs 16-bit P no precision.
+constexpr float kSlack = kRunning ? (kWideV ? 8.0f : 0.0f) : kReferenceSlack;
+constexpr float kLog2Levels = kLevels == 255 ? 7.99435343685886f : kLevels == 127 ? 6.98868468677217f
+                            : kLevels == 256 ? 8.0f : 0.0f;
+
+static_assert(Dp == 64 || Dp == 128 || Dp == 256, "the head dimension is padded to 64, 128 or 256");
+static_assert(kLevels == 255 || kLevels == 127 || kLevels == 256 || kLevels == 1, "levels of P");
+static_assert(kInteger == (kQueryFormat == kInt8 || kQueryFormat == kInt4), "Q and K: both integers or both not");
+static_assert(kInteger || kQueryFormat == kKeyFormat, "floating Q and K have one format");
+static_assert(kInteger || kKeyScale == kScaleHead, "floating K has one scale per head");
+static_assert(kGrouped == (kKeyFormat == kInt4), "4-bit K has a scale per group of channels");
+static_assert(kGrouped || !kQueryChannelScale, "scales per group of channels: Q only where K has them");
+static_assert(kIntegerP || (kRunning && !kFolded), "floating P is taken against the running maximum");
+static_assert(!kRaw || !kFolded, "folded V adds a term per key: K's scale must be per token");
+static_assert((kKeyBuffers == 2 && kValueBuffers <= 2) || (kKeyBuffers == 1 && kValueBuffers == 1), "buffers");
+static_assert(kBeside >= 0 && kBeside <= Dp / 16, "no more channels than there are");
+
+constexpr int kQueryBits = kQueryFormat == kInt4 ? 8 : format_bits(kQueryFormat);  // in registers
+constexpr int kSteps = Dp * kQueryBits / 256;                    // of the first product, 32 bytes deep each
+constexpr int kQueryRowBytes = Dp * format_bits(kQueryFormat) / 8;
+constexpr int kKeyRowBytes = Dp * format_bits(kKeyFormat) / 8;
+constexpr int kKeyWidth = kKeyRowBytes < 128 ? kKeyRowBytes : 128;  // of a row in a slab
+constexpr int kKeyBytes = kTileKeys * kKeyRowBytes;              // of a tile
+constexpr int kValueBytes = kTileKeys * Dp * format_bits(kValueFormat) / 8;
+constexpr int kGroups = Dp / 32;                                 // of channels
+constexpr int kScaleBytes = kTokenScale ? 4 * kTileKeys                // of a tile
+                          : kGrouped    ? 4 * kTileKeys * kGroups
+                          : kKeyScale == kScaleGroup ? 16
+                          : kKeyScale == kScaleTile  ? 4 : 0;
+constexpr int kAuxBytes = (kScaleBytes + 15) / 16 * 16 + (kFolded ? 8 * kTileKeys : 0);
+
+struct Map {
+    static constexpr int key = 0;
+    static constexpr int value = key + kKeyBuffers * kKeyBytes;
+    static constexpr int aux = value + kValueBuffers * kValueBytes;
+    static constexpr int query = aux + 2 * kAuxBytes;
+    static constexpr int seldom = query + (kQueryInRegisters ? 0 : kRows * Dp * kQueryBits / 8);
+    static constexpr int total = seldom + 16;
+};
+static_assert(Map::total == INTFA_SMEM, "tiles.py and this file disagree on shared memory");
+
+// --- the block's part --------------------------------------------------------------------------------------------
+
+struct Item {
+    int head;     // b * H + h
+    int kv_head;  // b * Hkv + h / group
+    int row;      // first of the block
+
+    // Neighbouring blocks share a head. Under a causal mask the last rows take longest and must come first, over a
+    // section of heads: as many as the L2 cache holds keys and values of.
+    __device__ __forceinline__ Item(const AttentionParams& p, int block) {
+        const int group = p.heads / p.kv_heads;
+        const int all_heads = p.batches * p.heads;
+        int block_row;
+        if (p.right == kUnbounded) {
+            head = block / p.row_blocks;
+            block_row = block - head * p.row_blocks;
+        } else {
+            constexpr int64 cache = 24 << 20;
+            const int64 fit = cache / (static_cast<int64>(p.tiles) * (kKeyBytes + kValueBytes));
+            const int section = static_cast<int>(max(int64{1}, min(fit, static_cast<int64>(all_heads)))) * group;
+            const int first = block / (section * static_cast<int64>(p.row_blocks)) * section;
+            const int rest = block - first * p.row_blocks;
+            const int heads = min(section, all_heads - first);
+            block_row = rest / heads;
+            head = first + rest - block_row * heads;
+            block_row = p.row_blocks - 1 - block_row;
+        }
+        row = block_row * kRows;
+        const int batch = head / p.heads;
+        kv_head = batch * p.kv_heads + (head - batch * p.heads) / group;
+    }
+};
+
+// --- copies ------------------------------------------------------------------------------------------------------
+
+template <int bytes>
+__device__ __forceinline__ void copy_linear(uint32 shared, const void* global) {
+    static_assert(bytes % 16 == 0 || bytes == 4, "copies are 16 bytes wide");
+    if (bytes == 4) {
+        if (threadIdx.x == 0) copy4_async(shared, global);
+        return;
+    }
+    const char* const source = static_cast<const char*>(global) + threadIdx.x * 16;
+    const uint32 target = shared + threadIdx.x * 16;
+#pragma unroll
+    for (int i = 0; i < bytes / 16; i += kThreads)
+        if (i + kThreads <= bytes / 16 || static_cast<int>(threadIdx.x) < bytes / 16 - i)
+            copy16_async(target + i * 16, source + i * 16);
+}
+
+// Plain rows of 16-bit V into slabs of 64 channels, 128 keys of 128 bytes each, swizzled.
+__device__ __forceinline__ void copy_wide_value(uint32 shared, const void* global) {
+    constexpr int chunks = Dp / 8;  // of 16 bytes per row
+    const char* const source = static_cast<const char*>(global);
+#pragma unroll
+    for (int i = 0; i < kTileKeys * chunks; i += kThreads) {
+        const int index = i + threadIdx.x;
+        const int row = index / chunks;
+        const int chunk = index % chunks;
+        if (i + kThreads <= kTileKeys * chunks || index < kTileKeys * chunks)
+            copy16_async(shared + chunk / 8 * (kTileKeys * 128) + row * 128 + ((chunk % 8 ^ row % 8) << 4),
+                         source + index * 16);
+    }
+}
+
+// Copies tile after tile.
+struct Tiles {
+    const char* key;
+    const char* value;
+    const char* scale;
+    const char* fold;
+    uint32 shared;
+
+    __device__ __forceinline__ Tiles(const AttentionParams& p, uint32 shared_, int64 tile)
+        : key(reinterpret_cast<const char*>(p.k) + tile * kKeyBytes),
+          value(static_cast<const char*>(p.v) + tile * kValueBytes),
+          scale(reinterpret_cast<const char*>(p.k_scale) + tile * kScaleBytes),
+          fold(reinterpret_cast<const char*>(p.v_fold) + tile * (8 * kTileKeys)),
+          shared(shared_) {}
+
+    // The next tile of K and, to the buffer of its parity, the scales of its softmax.
+    __device__ __forceinline__ void copy_key(int buffer, int parity) {
+        copy_linear<kKeyBytes>(shared + Map::key + buffer * kKeyBytes, key);
+        key += kKeyBytes;
+        const uint32 aux = shared + Map::aux + parity * kAuxBytes;
+        if (kScaleBytes > 0) {
+            copy_linear<kScaleBytes>(aux, scale);
+            scale += kScaleBytes;
+        }
+        if (kFolded) {
+            copy_linear<8 * kTileKeys>(aux + kScaleBytes, fold);
+            fold += 8 * kTileKeys;
+        }
+    }
+    __device__ __forceinline__ void copy_value(int buffer) {
+        if (kWideV)
+            copy_wide_value(shared + Map::value + buffer * kValueBytes, value);
+        else
+            copy_linear<kValueBytes>(shared + Map::value + buffer * kValueBytes, value);
+        value += kValueBytes;
+    }
+};
+
+// --- small arithmetic ----------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+    return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(kFullWarp, x, 1);
+    return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
+// --- a warp --------------------------------------------------------------------------------------------------------
+
+struct Warp {
+    const AttentionParams& p;
+    uint32 shared;
+    uint32 key_lane, value_lane;  // this lane's part of ldmatrix addresses
+    uint32 query;                 // this lane's part of Q in shared memory
+    uint32 aux_lane;              // the same of scales
+    int magic[4];                 // kIntegerMagic, where integer products start
+
+    uint32 q[kM][kQueryInRegisters ? kSteps : 1][4];
+    float q_group[kM][2][kQueryChannelScale ? kGroups : 1];
+    float q_scale[kM][2];         // of the exponent; positive
+    int s[kM][16][4];             // scores: integers or bits of floats
+    int top[kM][2][2];            // largest of them, even and odd fragments apart
+    uint32 prob[kM][kWideV ? 32 : 16];
+    float o[kM][Dp / 8][4];
+    float reference[kM][2];
+    float l[kM][2];               // kProductSum: the whole sum, else this lane's share
+    float factor[kM][2];          // from the tile's product to O
+
+    __device__ __forceinline__ Warp(const AttentionParams& p_, uint32 shared_, const Item& item)
+        : p(p_), shared(shared_) {
+        const int lane = threadIdx.x % 32;
+        const int warp = threadIdx.x / 32;
+        // Lane l of ldmatrix gives row l % 8 of matrix l / 8. Keys and V^T: matrices 0, 1 are two neighbouring 16-byte
+        // chunks of eight rows, 2, 3 the same of the next eight rows. 16-bit V, transposed: the rows of 0, 1 are keys
+        // 0..7 and 8..15, and 2, 3 are the next chunk.
+        const int row = lane / 16 * 8 + lane % 8;
+        const int chunk = lane / 8 % 2;
+        const int swizzle = kKeyWidth == 128 ? lane % 8 : kKeyWidth == 64 ? lane % 8 / 2 : lane % 8 / 4;
+        key_lane = shared + Map::key + row * kKeyWidth + ((chunk ^ swizzle) << 4);
+        if (kWideV)
+            value_lane = shared + Map::value + lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4);
+        else
+            value_lane = shared + Map::value + row * 128 + ((chunk ^ lane % 8) << 4);
+        aux_lane = shared + Map::aux + lane % 4 * (kRaw ? 4 : 8);
+        query = shared + Map::query + (warp * kM * kSteps * 32 + lane) * 16;
+
+#pragma unroll
+        for (int i = 0; i < 4; ++i) magic[i] = kIntegerMagic;
+        load_query(item);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int n = 0; n < Dp / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) o[m][n][i] = 0.0f;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                reference[m][h] = -infinity();
+                l[m][h] = 0.0f;
+            }
+        }
+    }
+
+    // Row h (0: r, 1: r + 8) of the thread's fragment m.
+    static __device__ __forceinline__ int row_of(int block_row, int thread, int m, int h) {
+        return block_row + thread / 32 * kRowsPerWarp + thread % 32 / 4 + 16 * m + 8 * h;
+    }
+
+    // Fragments and scales of the warp's rows; zero beyond Sq. A negative softmax scale goes into Q, so that larger
+    // scores are larger exponents. A scale that is zero, or not a number, becomes tiny: -inf times it stays -inf.
+    __device__ __forceinline__ void load_query(const Item& item) {
+        const bool negative = p.scale_log2 < 0.0f;
+        const float head_scale = kKeyScale == kScaleHead ? p.k_scale[item.kv_head] : 1.0f;
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+            uint32 x[kSteps][4];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int row = row_of(item.row, threadIdx.x, m, h);
+                const bool inside = row < p.queries;
+                const int64 index = static_cast<int64>(item.head) * p.queries + row;
+                const char* const source = reinterpret_cast<const char*>(p.q) + index * kQueryRowBytes + 4 * (threadIdx.x % 4);
+#pragma unroll
+                for (int k = 0; k < kSteps; ++k) {
+                    if (kQueryFormat == kInt4) {
+                        const uint32 word = inside ? *reinterpret_cast<const uint32*>(source + 16 * k) : 0;
+                        x[k][h] = low_nibbles(word);
+                        x[k][h + 2] = high_nibbles(word);
+                    } else {
+                        x[k][h] = inside ? *reinterpret_cast<const uint32*>(source + 32 * k) : 0;
+                        x[k][h + 2] = inside ? *reinterpret_cast<const uint32*>(source + 32 * k + 16) : 0;
+                    }
+                }
+                float scale = fabsf(p.scale_log2) * head_scale;
+                if (kQueryChannelScale) {
+#pragma unroll
+                    for (int g = 0; g < kGroups; ++g)
+                        q_group[m][h][kQueryChannelScale ? g : 0] =
+                            inside ? p.q_scale[index * kGroups + g] * nibble_scale() : 0.0f;
+                } else {
+                    scale *= inside ? p.q_scale[index] * nibble_scale() : 0.0f;
+                }
+                q_scale[m][h] = fmaxf(scale, 1e-37f);
+            }
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (negative) x[k][i] = negate<kQueryFormat>(x[k][i]);
+                if (kQueryInRegisters) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) q[m][kQueryInRegisters ? k : 0][i] = x[k][i];
+                } else {
+                    store_words(query + (m * kSteps + k) * 512, x[k]);  // only this lane reads it
+                }
+            }
+        }
+    }
+
+    // 4-bit numbers are unpacked to 16 times their value.
+    static constexpr __device__ float nibble_scale() {
+        return (kQueryFormat == kInt4 ? 0.0625f : 1.0f) * (kKeyFormat == kInt4 ? 0.0625f : 1.0f);
+    }
+
+    // --- S = Q K^T of 16 keys ----------------------------------------------------------------------------------------
+
+    __device__ __forceinline__ void load_query_step(uint32 (&x)[kM][4], int k) const {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+            if (kQueryInRegisters) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) x[m][i] = q[m][kQueryInRegisters ? k : 0][i];
+            } else {
+                load_words(x[m], query + (m * kSteps + k) * 512);
+            }
+        }
+    }
+
+    // The words of keys 16 * block .. + 15 at depth steps 2j and 2j + 1: [fragment of 8 keys][step][word].
+    __device__ __forceinline__ void load_keys(uint32 (&b)[2][2][2], int buffer, int block, int j) const {
+        const uint32 base = buffer * kKeyBytes + block * (16 * kKeyWidth);
+        if (kKeyFormat == kInt4) {  // a chunk is a whole step
+            uint32 x[4];
+            load_matrices(x, (key_lane ^ 2 * j << 4) + base);
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    b[n][k][0] = low_nibbles(x[2 * n + k]);
+                    b[n][k][1] = high_nibbles(x[2 * n + k]);
+                }
+            return;
+        }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int chunk = 2 * (2 * j + k);
+            uint32 x[4];
+            load_matrices(x, (key_lane ^ chunk % 8 << 4) + base + chunk / 8 * (kTileKeys * 128));
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                b[n][k][0] = x[2 * n];
+                b[n][k][1] = x[2 * n + 1];
+            }
+        }
+    }
+
+    __device__ __forceinline__ void multiply_keys(int buffer, int block, int aux_buffer) {
+        float sum[kM][2][4];  // floating scores
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sum[m][n][i] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kSteps / 2; ++j) {
+            uint32 b[2][2][2];
+            load_keys(b, buffer, block, j);
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int step = 2 * j + k;
+                uint32 a[kM][4];
+                load_query_step(a, step);
+                float2 scale[2];
+                if (kGrouped) {
+#pragma unroll
+                    for (int n = 0; n < 2; ++n)
+                        scale[n] = load_float2(aux_lane + aux_buffer * kAuxBytes + step * (4 * kTileKeys) +
+                                               (2 * block + n) * 32);
+                }
+#pragma unroll
+                for (int m = 0; m < kM; ++m)
+#pragma unroll
+                    for (int n = 0; n < 2; ++n) {
+                        int(&here)[4] = s[m][2 * block + n];
+                        if constexpr (kGrouped) {
+                            int group[4];
+                            mma_s8s8(group, a[m], b[n][k][0], b[n][k][1], magic);
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) {
+                                float x = __int_as_float(group[i]) - kFloatMagic;
+                                if (kQueryChannelScale) x *= q_group[m][i / 2][kQueryChannelScale ? step : 0];
+                                sum[m][n][i] = fmaf(x, i % 2 ? scale[n].y : scale[n].x, sum[m][n][i]);
+                            }
+                        } else if constexpr (kInteger) {
+                            if (step == 0)
+                                mma_s8s8(here, a[m], b[n][k][0], b[n][k][1], magic);
+                            else
+                                mma_s8s8(here, a[m], b[n][k][0], b[n][k][1], here);
+                        } else {
+                            mma_float<kKeyFormat>(sum[m][n], a[m], b[n][k][0], b[n][k][1]);
+                        }
+                    }
+            }
+        }
+        if (kGrouped || !kInteger) {
+#pragma unroll
+            for (int m = 0; m < kM; ++m)
+#pragma unroll
+                for (int n = 0; n < 2; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) s[m][2 * block + n][i] = __float_as_int(sum[m][n][i]);
+        }
+    }
+
+    // --- softmax -----------------------------------------------------------------------------------------------------
+
+    // Scores of fragment n to floats, where each key has its own scale; V folded: the whole exponent.
+    __device__ __forceinline__ void scale_scores(int n, uint32 aux, uint32 fold) {
+        float2 scale = {1.0f, 1.0f};
+        if (kTokenScale) scale = load_float2(aux + 32 * n);
+        float4 value;
+        if (kFolded) value = load_float4(fold + 64 * n);
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float x = __int_as_float(s[m][n][i]);
+                if (kTokenScale) x = (x - kFloatMagic) * (i % 2 ? scale.y : scale.x);
+                if (kFolded) x = fmaf(x, q_scale[m][i / 2], i % 2 ? value.z : value.x);
+                s[m][n][i] = __float_as_int(x);
+            }
+    }
+
+    // Integer scores are still floats around kFloatMagic: positive, in the order of their bits.
+    static __device__ __forceinline__ int larger(int a, int b) {
+        return kRaw ? max(a, b) : __float_as_int(fmaxf(__int_as_float(a), __int_as_float(b)));
+    }
+
+    __device__ __forceinline__ void update_top(int n) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int x = larger(s[m][n][2 * h], s[m][n][2 * h + 1]);
+                top[m][h][n % 2] = n < 2 ? x : larger(x, top[m][h][n % 2]);
+            }
+    }
+
+    // S of a tile, and its largest elements.
+    __device__ __forceinline__ void scores(int buffer, int parity, int key0) {
+        const uint32 aux = aux_lane + parity * kAuxBytes;
+        const uint32 fold = aux + kScaleBytes + threadIdx.x % 4 * 8;
+#pragma unroll
+        for (int block = 0; block < 8; ++block) {
+            multiply_keys(buffer, block, parity);
+#pragma unroll
+            for (int n = 2 * block; n < 2 * block + 2; ++n) {
+                if (kTokenScale || kFolded) scale_scores(n, aux, fold);
+                update_top(n);
+            }
+        }
+        const int4 seldom = load_ints(shared + Map::seldom);  // keys that all rows of the block see; head, row
+        if (key0 < seldom.x || key0 + kTileKeys > seldom.y) {
+            hide_scores(key0, seldom.w);
+#pragma unroll
+            for (int n = 0; n < 16; ++n) update_top(n);
+        }
+    }
+
+    // Hidden keys get the bits of -inf: less than any score, as an integer and as a float.
+    __device__ __forceinline__ void hide_scores(int key0, int block_row) {
+        const int thread = thread_now();
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const KeyRange keys = visible_keys(p, row_of(block_row, thread, m, h));
+                const int begin = keys.begin - key0 - thread % 4 * 2;
+                const int end = keys.end - key0 - thread % 4 * 2;
+#pragma unroll
+                for (int n = 0; n < 16; ++n)
+#pragma unroll
+                    for (int c = 0; c < 2; ++c)
+                        if (8 * n + c < begin || 8 * n + c >= end) s[m][n][2 * h + c] = static_cast<int>(0xff800000u);
+            }
+    }
+
+    // From the largest scores: exponent = score * scale + shift, the factor of the tile's product, and where O and l stand.
+    __device__ __forceinline__ void exponent_of(float (&scale)[kM][2], float (&shift)[kM][2], int parity) {
+        float key_scale = 1.0f;  // of the thread's keys
+        if (kRaw)
+            key_scale = load_float((kKeyScale == kScaleGroup ? aux_lane : shared + Map::aux) + parity * kAuxBytes);
+        float maximum[kM][2];  // -inf when the row sees nothing of the tile
+        bool grow = false;
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                scale[m][h] = kRaw ? fmaxf(q_scale[m][h] * key_scale, 1e-37f) : q_scale[m][h];
+                float x = __int_as_float(larger(top[m][h][0], top[m][h][1]));
+                if (kRaw) x -= kFloatMagic;
+                maximum[m][h] = quad_max(kFolded ? x : x * scale[m][h]);
+                grow |= maximum[m][h] - reference[m][h] > kSlack;  // also from -inf
+            }
+        if (__any_sync(kFullWarp, grow)) move_reference(maximum);
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float stand = kRunning ? reference[m][h] : maximum[m][h];
+                if (!kRunning) factor[m][h] = exp2_from(stand, reference[m][h]);
+                float x = stand == -infinity() ? 0.0f : stand;
+                if (kRaw) x = fmaf(kFloatMagic, scale[m][h], x);
+                shift[m][h] = kLog2Levels - x;
+                // Where rounding could lift the maximum to LEVELS + 1/2, stay below LEVELS.
+                if (kIntegerP) shift[m][h] -= fmaxf(fmaf(fabsf(x), 2.4e-7f, -0.002f), 0.0f);
+            }
+    }
+
+    __device__ __forceinline__ void move_reference(const float (&maximum)[kM][2]) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const bool grow = maximum[m][h] - reference[m][h] > kSlack;
+                const float down = grow ? exp2_fast(reference[m][h] - maximum[m][h]) : 1.0f;
+                if (grow) reference[m][h] = maximum[m][h];
+                l[m][h] *= down;
+#pragma unroll
+                for (int n = 0; n < Dp / 8; ++n) {
+                    o[m][n][2 * h] *= down;
+                    o[m][n][2 * h + 1] *= down;
+                }
+            }
+    }
+
+    // P of 16 keys. sum: this lane's share of the unrounded P.
+    __device__ __forceinline__ void exponentials(int block, uint32 fold, const float (&scale)[kM][2],
+                                                 const float (&shift)[kM][2], float (&sum)[kM][2]) {
+        float4 value[2];
+        if (kFolded) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) value[n] = load_float4(fold + 64 * (2 * block + n));
+        }
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float e[4];  // keys 2q, 2q+1, 8+2q, 9+2q
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float x = __int_as_float(s[m][2 * block + i / 2][2 * h + i % 2]);
+                    e[i] = exp2_fast(kFolded ? x + shift[m][h] : fmaf(x, scale[m][h], shift[m][h]));
+                    if (kFolded)
+                        sum[m][h] = fmaf(e[i], i % 2 ? value[i / 2].w : value[i / 2].y, sum[m][h]);
+                    else if (!kProductSum)
+                        sum[m][h] += e[i];
+                }
+                if (kWideV) {
+                    prob[m][4 * block + h] = pack2<kValueFormat>(e[0], e[1]);
+                    prob[m][kWideV ? 4 * block + 2 + h : 0] = pack2<kValueFormat>(e[2], e[3]);
+                } else if (kIntegerP) {
+                    prob[m][2 * block + h] = __byte_perm(round2(e[0], e[1]), round2(e[2], e[3]), 0x6420);
+                } else {
+                    prob[m][2 * block + h] =
+                        __byte_perm(pack2<kValueFormat>(e[0], e[1]), pack2<kValueFormat>(e[2], e[3]), 0x5410);
+                }
+            }
+    }
+
+    // --- O += P V ----------------------------------------------------------------------------------------------------
+    //
+    // A step is 32 bytes of P per row: 32 keys, or 16 of a 16-bit P. The row sums of P are one more column of the
+    // product, a column of ones.
+
+    static constexpr int kValueSteps = kWideV ? 8 : 4;
+
+    // V of one step and 16 channels: [8 channels][word].
+    __device__ __forceinline__ void load_values(uint32 (&b)[4], int buffer, int block, int step) const {
+        const uint32 base = buffer * kValueBytes;
+        if (kWideV)
+            load_matrices_transposed(b, (value_lane ^ block % 4 << 5) + base + block / 4 * (kTileKeys * 128) +
+                                            step * (16 * 128));
+        else
+            load_matrices(b, (value_lane ^ 2 * step << 4) + base + block * (16 * 128));
+    }
+
+    using Product = int[kM][2][4];
+
+    __device__ __forceinline__ void multiply_values(Product& product, int buffer, int block, int step) {
+        uint32 b[4];
+        load_values(b, buffer, block, step);
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const uint32* const a = prob[m] + 4 * step;
+                if constexpr (!kIntegerP)
+                    mma_float<kValueFormat>(o[m][2 * block + n], a, b[2 * n], b[2 * n + 1]);
+                else if (step == 0)
+                    mma_u8s8(product[m][n], a, b[2 * n], b[2 * n + 1], magic);
+                else
+                    mma_u8s8(product[m][n], a, b[2 * n], b[2 * n + 1], product[m][n]);
+            }
+    }
+
+    __device__ __forceinline__ void add(float& y, int product, float scale) const {
+        const float x = __int_as_float(product) - kFloatMagic;
+        y = kRunning ? y + x : fmaf(x, scale, y);
+    }
+
+    __device__ __forceinline__ void add_product(const Product& product, int block) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) add(o[m][2 * block + n][i], product[m][n][i], factor[m][i / 2]);
+    }
+
+    // What a tile's scores add to O and l.
+    __device__ __forceinline__ void values(int buffer, int parity, const float (&scale)[kM][2],
+                                           const float (&shift)[kM][2]) {
+        constexpr int beside = kIntegerP ? kBeside : Dp / 16;
+        constexpr int kept = kIntegerP && beside > 0 ? beside : 1;
+        const uint32 fold = aux_lane + parity * kAuxBytes + kScaleBytes + threadIdx.x % 4 * 8;
+        Product product[kept];
+        float sum[kM][2];
+#pragma unroll
+        for (int m = 0; m < kM; ++m) sum[m][0] = sum[m][1] = 0.0f;
+#pragma unroll
+        for (int step = 0; step < kValueSteps; ++step) {
+            if (kWideV) {
+                exponentials(step, fold, scale, shift, sum);
+            } else {
+                exponentials(2 * step, fold, scale, shift, sum);
+                exponentials(2 * step + 1, fold, scale, shift, sum);
+            }
+#pragma unroll
+            for (int block = 0; block < beside; ++block)
+                multiply_values(product[kIntegerP ? block : 0], buffer, block, step);
+        }
+        add_sums(sum);
+        if constexpr (kIntegerP) {
+#pragma unroll
+            for (int block = 0; block < beside; ++block) add_product(product[block], block);
+#pragma unroll
+            for (int block = beside; block < Dp / 16; ++block) {
+#pragma unroll
+                for (int step = 0; step < kValueSteps; ++step) multiply_values(product[0], buffer, block, step);
+                add_product(product[0], block);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void add_sums(const float (&share)[kM][2]) {
+        constexpr uint32 ones = kIntegerP ? 0x01010101u : kValueFormat == kHalf ? 0x3c003c00u : 0x3f803f80u;
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+            if constexpr (kProductSum && kIntegerP) {
+                int sum[4];
+#pragma unroll
+                for (int step = 0; step < kValueSteps; ++step) {
+                    if (step == 0)
+                        mma_u8s8(sum, prob[m] + 4 * step, ones, ones, magic);
+                    else
+                        mma_u8s8(sum, prob[m] + 4 * step, ones, ones, sum);
+                }
+                add(l[m][0], sum[0], factor[m][0]);
+                add(l[m][1], sum[2], factor[m][1]);
+            } else if constexpr (kProductSum) {
+                float sum[4] = {l[m][0], 0.0f, l[m][1], 0.0f};
+#pragma unroll
+                for (int step = 0; step < kValueSteps; ++step)
+                    mma_float<kValueFormat>(sum, prob[m] + 4 * step, ones, ones);
+                l[m][0] = sum[0];
+                l[m][1] = sum[2];
+            } else {
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                    l[m][h] = kRunning ? l[m][h] + share[m][h] : fmaf(share[m][h], factor[m][h], l[m][h]);
+            }
+        }
+    }
+
+    // --- the end -----------------------------------------------------------------------------------------------------
+
+    __device__ __forceinline__ void finish() const {
+        const int thread = thread_now();
+        const int quad = thread % 4;
+        const int4 seldom = load_ints(shared + Map::seldom);
+        const int head = seldom.z;
+        const int batch = head / p.heads;
+        const int64 kv_head = batch * p.kv_heads + (head - batch * p.heads) / (p.heads / p.kv_heads);
+        const float guard = p.guard[kv_head];
+        const float* const v_scale = p.v_scale + kv_head * Dp + 2 * quad;
+        // Two channels at a time?
+        const bool pairs = p.channels == Dp && p.out_channel == 1 &&
+                           ((p.out_batch | p.out_head | p.out_row) & 1) == 0 &&
+                           reinterpret_cast<unsigned long long>(p.out) % (2 * sizeof(Out::type)) == 0;
+        const int64 base = batch * p.out_batch + (head - batch * p.heads) * p.out_head;
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int row = row_of(seldom.w, thread, m, h);
+                const float total = kProductSum ? l[m][h] : quad_sum(l[m][h]);
+                if (row >= p.queries) continue;
+                const int64 index = static_cast<int64>(head) * p.queries + row;
+                const KeyRange keys = visible_keys(p, row);
+                const float bad = poison(
+                    guard, keys.begin < keys.end ? p.q_scale[kQueryChannelScale ? index * kGroups : index] : 0.0f);
+                const float inverse = finish_factor(total, bad);
+                if (p.lse != nullptr && quad == 0)
+                    p.lse[index] = log_sum_exp(reference[m][h], total, static_cast<float>(kLevels),
+                                               p.lse_shift == nullptr ? 0.0f : p.lse_shift[index] * p.scale, bad);
+                Out::type* const out = static_cast<Out::type*>(p.out) + base + row * p.out_row;
+#pragma unroll
+                for (int n = 0; n < Dp / 8; ++n) {
+                    const float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * n);
+                    const float x = o[m][n][2 * h] * inverse * scale.x;
+                    const float y = o[m][n][2 * h + 1] * inverse * scale.y;
+                    const int channel = 8 * n + 2 * quad;
+                    if (pairs) {
+                        if constexpr (INTFA_OUT == kFloat32)
+                            *reinterpret_cast<float2*>(out + channel) = {x, y};
+                        else
+                            *reinterpret_cast<uint32*>(out + channel) =
+                                pack2<INTFA_OUT == kFloat16 ? kHalf : kBrain>(x, y);
+                    } else {
+                        if (channel < p.channels) out[channel * p.out_channel] = Out::store(x);
+                        if (channel + 1 < p.channels) out[(channel + 1) * p.out_channel] = Out::store(y);
+                    }
+                }
+            }
+    }
+};
+
+}  // namespace intfa
+
+using namespace intfa;
+
+extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attention_mma(const AttentionParams p) {
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    const uint32 shared = shared_address(shared_memory);
+
+    const Item item(p, blockIdx.x);
+    const BlockRange range = block_range(p, item.row, min(item.row + kRows, p.queries));
+    if (threadIdx.x == 0)
+        store_ints(shared + Map::seldom, {range.common.begin, range.common.end, item.head, item.row});
+    const int begin = range.tile_begin;
+    const int end = range.tile_end;
+    Tiles tiles(p, shared, static_cast<int64>(item.kv_head) * p.tiles + begin);
+
+    if (begin < end) {
+        tiles.copy_key(0, 0);
+        if (kValueBuffers == 2) tiles.copy_value(0);
+    }
+    copy_commit();
+    Warp warp(p, shared, item);
+
+    for (int tile = begin; tile < end; ++tile) {
+        const int parity = (tile - begin) % 2;
+        const bool more = tile + 1 < end;
+        float scale[kM][2], shift[kM][2];
+
+        copy_wait();
+        __syncthreads();  // K is here (V 2: and V), and nobody reads the tile before
+        if (kValueBuffers == 1) {
+            tiles.copy_value(0);
+            copy_commit();
+        }
+        if (kKeyBuffers == 2) {
+            if (more) {
+                tiles.copy_key(parity ^ 1, parity ^ 1);
+                if (kValueBuffers == 2) tiles.copy_value(parity ^ 1);
+            }
+            copy_commit();
+        }
+        warp.scores(kKeyBuffers == 2 ? parity : 0, parity, tile * kTileKeys);
+        if (kKeyBuffers == 1) {
+            __syncthreads();  // nobody reads K
+            if (more) tiles.copy_key(0, parity ^ 1);
+            copy_commit();
+        }
+        warp.exponent_of(scale, shift, parity);
+        if (kValueBuffers == 1) {
+            copy_wait_groups<1>();
+            __syncthreads();  // V is here
+        }
+        warp.values(kValueBuffers == 2 ? parity : 0, parity, scale, shift);
+    }
+    warp.finish();
+}

@@ -1,0 +1,1169 @@
+// Fully INT8 attention forward for Hopper (sm_90a): Q K^T and P V are both integer wgmma.
+//
+// The algorithm, per query row i and tile t of 128 keys (all exponents to base 2):
+//
+//     S   = q8 . k8                                    int32, exact
+//     x   = S * a                 a = q_scale * scale * log2(e) * k_scale; V folded: + log2 of the key's V scale
+//     m_t = max of x over the visible keys of the tile
+//     P   = round(LEVELS * 2^(x - m_t))                unsigned bytes, against the tile's own maximum
+//     O  += (P v8) * 2^(m_t - m_ref)                   int32 product of one tile, exact; float accumulator
+//     l  += sum(P) * 2^(m_t - m_ref)                   V folded: LEVELS * sum(2^(x - m_t) / V scale) instead
+//     out = O * v_scale / l
+//
+// m_ref is the maximum of the row's first visible tile. It moves, and O and l with it, only when a tile exceeds
+// it by more than 60: float32 has room for the growth. With P_TILE_MAX=0 (the paper's scheme) P stands against the
+// running maximum instead, and O and l are rescaled in every tile.
+//
+// A block is persistent: three warpgroups on one SM. Warpgroup 0 brings data in: one thread issues 1-D bulk copies of
+// packed K and V tiles (already swizzled and transposed by the quantiser) into a ring of stages, three warps copy
+// and swizzle the rows of Q. Warpgroups 1 and 2 own 64 query rows each of the block's 128 and share the tiles, but
+// never wait for each other: they meet only in the ring. A consumer's work is one stream of tiles over all its
+// items, software-pipelined: with register arrays A and B of 64 accumulators,
+//
+//     step j:  wait S(j) in A | row maxima of A | wait P V(j-1) in B | O += B | issue S(j+1) into B
+//              | exponentials of A to P | issue P V(j) into A            then A and B change roles
+//
+// so each product runs beside work of the same warp, and the two warpgroups fall into opposite phases by themselves.
+// An item's output is written inside the next item's first step, while tensor cores already work on that item.
+// For DP=256 there are not enough registers for two arrays: P V runs in four quarters of 64 channels, two in flight.
+//
+// P never leaves registers. Lane 4r+q of an accumulator holds the keys 8i+2q, 8i+2q+1, an 8-bit A operand wants
+// four neighbours 4q..4q+3: the quantiser stores V's keys in the order that makes the two coincide.
+//
+// Shared memory (dynamic, SHARED_BYTES, see below):
+//     Q        2 x 128 * DP      two buffers: [warpgroup][DP / 128][64 rows][128 bytes], swizzled
+//     K        STAGES x 128 * DP
+//     V^T      STAGES x DP * 128
+//     scales   STAGES x kAuxBytes   K scales of the tile, then {log2, 1/scale} pairs of V when folded
+//     q_scale  2 x 128 floats
+//     barriers
+//
+// Compile-time constants (-D):
+//     DP          64, 128, 256    padded head dimension
+//     STAGES      ring depth; the default fills shared memory sensibly
+//     K_SCALE     kScaleToken (0) or kScaleGroup (1)
+//     V_FOLDED    1: V has a scale per key, folded into the exponent (needs K_SCALE 0)
+//     P_TILE_MAX  1: P against the tile's maximum; 0: against the running maximum
+//     P_LEVELS    255 or 127
+//     OUT_DTYPE   kFloat16 (0), kBFloat16 (1), kFloat32 (2)
+//
+// Launch: grid = min(SMs, batches * heads * row_blocks) with row_blocks = ceil(Sq / 128), block = 384,
+// dynamic shared memory = SHARED_BYTES: 256 * DP * (1 + STAGES) + STAGES * kAuxBytes + 1024 + 16 * DP + 256 + 8 * (4 * STAGES + 6).
+// Sk >= 1, Sq >= 1. `lse` may be null, `lse_shift` may be null.
+
+#include "copy.cuh"
+#include "mask.cuh"
+#include "params.cuh"
+#include "softmax.cuh"
+#include "wgmma.cuh"
+
+#ifndef STAGES
+#define STAGES (DP == 64 ? 8 : DP == 128 ? 5 : 2)
+#endif
+#ifndef K_SCALE
+#define K_SCALE 1
+#endif
+#ifndef V_FOLDED
+#define V_FOLDED 0
+#endif
+#ifndef P_TILE_MAX
+#define P_TILE_MAX 1
+#endif
+#ifndef P_LEVELS
+#define P_LEVELS 255
+#endif
+#ifndef MASKED
+#define MASKED 1
+#endif
+#ifndef OUT_PLAIN
+#define OUT_PLAIN 0
+#endif
+#ifndef CONSUMERS
+#define CONSUMERS (DP == 64 ? 3 : 2)
+#endif
+#ifndef PIPELINED
+#define PIPELINED (DP == 128)
+#endif
+#ifndef PINGPONG
+#define PINGPONG (CONSUMERS == 2)
+#endif
+#ifndef OUT_DTYPE
+#define OUT_DTYPE 1
+#endif
+
+namespace intfa {
+
+// --- shape of a block ---------------------------------------------------------------------------------------
+
+constexpr int kStages = STAGES;
+constexpr int kConsumers = CONSUMERS;     // warpgroups that compute
+constexpr int kGroupRows = 64;            // query rows of each
+constexpr int kBlockRows = kConsumers * kGroupRows;
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+#ifndef CHAIN
+#define CHAIN 3
+#endif
+// The exponentials run in blocks of 16 keys; a block starts after the probabilities of the one kChain before are
+// packed. Left to itself the compiler puts all exponentials in one run, and all packing behind it.
+constexpr int kChain = CHAIN;
+constexpr int kQueryLoaders = 64;         // threads that copy Q
+
+// Scores stay integers until the exponent when one scale covers all keys of a thread; else they become floats first.
+constexpr bool kRaw = K_SCALE == kScaleGroup;
+constexpr bool kFolded = V_FOLDED;
+constexpr bool kTileMax = P_TILE_MAX;
+static_assert(K_SCALE == kScaleGroup || K_SCALE == kScaleToken, "K scale per token or per group");
+static_assert(!kFolded || K_SCALE == kScaleToken, "folded V goes with token scales of K");
+static_assert(DP == 64 || DP == 128 || DP == 256, "head dimension is padded to 64, 128 or 256");
+
+constexpr float kLevels = P_LEVELS;
+constexpr float kLog2Levels = P_LEVELS == 255 ? 7.99435343685886f : 6.98868468677217f;
+static_assert(P_LEVELS == 255 || P_LEVELS == 127, "LEVELS");
+
+constexpr int kTileBytes = kTileKeys * DP;             // of K and of V
+constexpr int kQueryBytes = kBlockRows * DP;
+constexpr int kScaleBytes = kRaw ? 16 : 4 * kTileKeys;
+constexpr int kAuxBytes = kScaleBytes + (kFolded ? 8 * kTileKeys : 0);
+
+constexpr int kRowBytes = DP == 64 ? 64 : 128;         // of a swizzled row of Q or K
+constexpr unsigned kScoreHigh = descriptor_high(kRowBytes);
+constexpr unsigned kValueHigh = descriptor_high(128);
+
+// A hidden integer score: below every real one, and still finite when scaled.
+constexpr int kHidden = -(1 << 30);
+
+constexpr int kRecordBytes = 16 * kConsumers + 32;
+constexpr int kItemSlots = 4;  // an item's record is read until its output is written, two items later at most
+
+struct SharedMap {
+    unsigned query, key, value, aux, query_scale, value_scale, item, barriers;
+    __device__ __forceinline__ explicit SharedMap(unsigned base)
+        : query(base),
+          key(query + 2 * kQueryBytes),
+          value(key + kStages * kTileBytes),
+          aux(value + kStages * kTileBytes),
+          query_scale(aux + kStages * kAuxBytes),
+          value_scale(query_scale + 2 * kBlockRows * 4),
+          item(value_scale + kItemSlots * DP * 4),
+          barriers(item + kItemSlots * kRecordBytes) {}
+    __device__ __forceinline__ unsigned key_full(int stage) const { return barriers + 8 * stage; }
+    __device__ __forceinline__ unsigned key_empty(int stage) const { return barriers + 8 * (kStages + stage); }
+    __device__ __forceinline__ unsigned value_full(int stage) const { return barriers + 8 * (2 * kStages + stage); }
+    __device__ __forceinline__ unsigned value_empty(int stage) const { return barriers + 8 * (3 * kStages + stage); }
+    __device__ __forceinline__ unsigned query_full(int buffer) const { return barriers + 8 * (4 * kStages + buffer); }
+    __device__ __forceinline__ unsigned query_empty(int buffer) const {
+        return barriers + 8 * (4 * kStages + 2 + buffer);
+    }
+    __device__ __forceinline__ unsigned record_full(int buffer) const {
+        return barriers + 8 * (4 * kStages + 4 + buffer);
+    }
+    __device__ __forceinline__ unsigned record(int round) const { return item + round % kItemSlots * kRecordBytes; }
+};
+
+// --- shared memory by address -------------------------------------------------------------------------------
+
+__device__ __forceinline__ void store_float(unsigned address, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_int4(unsigned address, int x, int y, int z, int w) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
+__device__ __forceinline__ int4 load_int4(unsigned address) {
+    int4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address));
+    return x;
+}
+
+__device__ __forceinline__ float load_float(unsigned address) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
+    return x;
+}
+
+__device__ __forceinline__ float2 load_float2(unsigned address) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
+    return x;
+}
+
+__device__ __forceinline__ float4 load_float4(unsigned address) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address));
+    return x;
+}
+
+// --- items: (batch, head, block of 128 rows), dealt to the blocks of the grid -------------------------------
+
+struct Item {
+    int head;     // b * H + h
+    int kv_head;  // b * Hkv + h / group
+    int row;      // first query row
+};
+
+// Item of this block in its round-th turn; false when there is none. Under a causal mask the long rows come first,
+// and the deal goes back and forth over the blocks, which evens out their sums.
+__device__ __forceinline__ bool find_item(const AttentionParams& p, int round, Item& item) {
+    const int all_heads = p.batches * p.heads;
+    const int turn = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const int index = round * static_cast<int>(gridDim.x) + turn;
+    if (index >= all_heads * p.row_blocks) return false;
+    int block;
+    if (p.right != kUnbounded) {
+        block = p.row_blocks - 1 - index / all_heads;
+        item.head = index % all_heads;
+    } else {
+        item.head = index / p.row_blocks;
+        block = index % p.row_blocks;
+    }
+    const int b = item.head / p.heads;
+    item.kv_head = b * p.kv_heads + (item.head - b * p.heads) / (p.heads / p.kv_heads);
+    item.row = block * kBlockRows;
+    return true;
+}
+
+// Tiles of an item, never none: a block that sees no key takes one hidden tile, so that it writes its rows.
+__device__ __forceinline__ void item_tiles(const AttentionParams& p, const Item& item, int& begin, int& end) {
+    const int last = item.row + kBlockRows < p.queries ? item.row + kBlockRows : p.queries;
+    const BlockRange range = block_range(p, item.row, last);
+    begin = range.tile_begin < p.tiles ? range.tile_begin : p.tiles - 1;
+    end = range.tile_end > begin ? range.tile_end : begin + 1;
+}
+
+// What the other warps need to know of an item, written by one thread of the producing warpgroup, so that the index
+// arithmetic costs the consumers nothing. In shared memory: for each warpgroup the 16 bytes
+//     {first tile, end of its tiles, first and end of the tiles that need no mask}      (end = 0: no item is left)
+// then {first query row, b * H + h, b * Hkv + h / group, b} and the guard.
+constexpr int kRecordItem = 16 * kConsumers;
+constexpr int kRecordGuard = kRecordItem + 16;
+
+__device__ __forceinline__ void produce_records(const AttentionParams& p, const SharedMap& map) {
+    for (int round = 0;; ++round) {
+        const int buffer = round & 1;
+        barrier_wait(map.query_empty(buffer), (round >> 1 & 1) ^ 1);
+        const unsigned record = map.record(round);
+        Item item;
+        const bool more = find_item(p, round, item);
+        int begin = 0, end = 0;
+        if (more) {
+            store_int4(record + kRecordItem, item.row, item.head, item.kv_head, item.head / p.heads);
+            store_float(record + kRecordGuard, p.guard[item.kv_head]);
+            item_tiles(p, item, begin, end);
+        }
+#pragma unroll 1
+        for (int g = 0; g < kConsumers; ++g) {
+            const int row = item.row + g * kGroupRows;
+            const int plain_begin = (visible_keys(p, row + kGroupRows - 1).begin + kTileKeys - 1) / kTileKeys;
+            store_int4(record + 16 * g, begin, end, plain_begin, visible_keys(p, row).end / kTileKeys);
+        }
+        barrier_arrive(map.record_full(buffer));
+        if (!more) return;
+    }
+}
+
+struct Ring {
+    int stage = 0;
+    unsigned phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// --- producers ----------------------------------------------------------------------------------------------
+
+// Tiles of K and V, in the order in which the consumers take them; which ones, the records say.
+__device__ __forceinline__ void produce_tiles(const AttentionParams& p, const SharedMap& map) {
+    Ring ring;
+    for (int round = 0;; ++round) {
+        barrier_wait(map.record_full(round & 1), round >> 1 & 1);
+        const int4 tiles = load_int4(map.record(round));
+        if (tiles.y == 0) return;
+        const int kv_head = load_int4(map.record(round) + kRecordItem).z;
+        long long tile = static_cast<long long>(kv_head) * p.tiles + tiles.x;
+        int count = tiles.y - tiles.x;
+#pragma unroll 1
+        for (; count > 0; --count, ++tile) {
+            const unsigned key_full = map.key_full(ring.stage);
+            barrier_wait(map.key_empty(ring.stage), ring.phase ^ 1);
+            barrier_expect(key_full, kTileBytes + kAuxBytes);
+            bulk_copy(map.key + ring.stage * kTileBytes, p.k + tile * kTileBytes, kTileBytes, key_full);
+            const unsigned aux = map.aux + ring.stage * kAuxBytes;
+            bulk_copy(aux, p.k_scale + tile * (kScaleBytes / 4), kScaleBytes, key_full);
+            if (kFolded) bulk_copy(aux + kScaleBytes, p.v_fold + tile * (2 * kTileKeys), 8 * kTileKeys, key_full);
+            const unsigned value_full = map.value_full(ring.stage);
+            barrier_wait(map.value_empty(ring.stage), ring.phase ^ 1);
+            barrier_expect(value_full, kTileBytes);
+            bulk_copy(map.value + ring.stage * kTileBytes, static_cast<const signed char*>(p.v) + tile * kTileBytes,
+                      kTileBytes, value_full);
+            ring.advance();
+        }
+    }
+}
+
+// Q, its scales and those of V. Rows beyond Sq become zeros.
+__device__ __forceinline__ void produce_queries(const AttentionParams& p, const SharedMap& map, int thread) {
+    constexpr int chunks = DP / 16;  // 16-byte chunks of a row
+    for (int round = 0;; ++round) {
+        const int buffer = round & 1;
+        barrier_wait(map.record_full(buffer), round >> 1 & 1);
+        if (load_int4(map.record(round)).y == 0) {
+            barrier_arrive(map.query_full(buffer));
+            return;
+        }
+        const int4 item = load_int4(map.record(round) + kRecordItem);  // row, head, kv_head, batch
+        const long long first = static_cast<long long>(item.y) * p.queries + item.x;
+        const signed char* source = p.q + first * DP;
+        const unsigned target = map.query + buffer * kQueryBytes;
+        const int rows = p.queries - item.x;
+#pragma unroll 1
+        for (int c = thread; c < kBlockRows * chunks; c += kQueryLoaders) {
+            const int row = c / chunks;
+            const int chunk = c % chunks;
+            const int r = row % kGroupRows;
+            unsigned offset = (row / kGroupRows) * (kGroupRows * DP) + r * kRowBytes;
+            if (DP == 64)
+                offset += (chunk ^ (r >> 1 & 3)) << 4;
+            else
+                offset += (chunk / 8) * (kGroupRows * 128) + ((chunk % 8 ^ (r & 7)) << 4);
+            const bool inside = row < rows;
+            copy16_async(target + offset, inside ? source + c * 16 : p.q, inside);
+        }
+        const unsigned scales = map.query_scale + buffer * kBlockRows * 4;
+#pragma unroll 1
+        for (int row = thread; row < kBlockRows; row += kQueryLoaders) {
+            const bool inside = row < rows;
+            copy4_async(scales + row * 4, inside ? p.q_scale + first + row : p.q_scale, inside);
+        }
+        const float* v_scale = p.v_scale + static_cast<long long>(item.z) * DP;
+#pragma unroll 1
+        for (int channel = thread; channel < DP; channel += kQueryLoaders)
+            copy4_async(map.value_scale + (round % kItemSlots * DP + channel) * 4, v_scale + channel, true);
+        copies_wait();
+        shared_store_fence();
+        barrier_arrive(map.query_full(buffer));
+    }
+}
+
+// --- small arithmetic ---------------------------------------------------------------------------------------
+
+// Largest of the four lanes that share a row.
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+    return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(kFullWarp, x, 1);
+    return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
+// Two probabilities 0..255, rounded to integers in the low bytes of two halves: a half in [1024, 2048) has ulp 1.
+__device__ __forceinline__ unsigned round2(float e0, float e1) {
+    unsigned y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(e1), "f"(e0));
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(y), "r"(0x64006400u));
+    return y;
+}
+
+// Element n of accumulator word w of P: rows alternate with w, and the four keys are 2q, 2q+1, 8+2q, 9+2q of the
+// word's 16 keys.
+__device__ __forceinline__ constexpr int score_of(int word, int n) {
+    return 8 * (word >> 1) + 2 * (word & 1) + 4 * (n >> 1) + (n & 1);
+}
+
+// Key of accumulator element i within the tile, for lane 0 of the quad.
+__device__ __forceinline__ constexpr int key_of(int i) {
+    return 8 * (i >> 2) + (i & 1);
+}
+
+__device__ __forceinline__ constexpr int row_of(int i) {
+    return i >> 1 & 1;
+}
+
+// --- consumer -----------------------------------------------------------------------------------------------
+
+// Two outputs of 16 bits in a word, x in the low half.
+__device__ __forceinline__ unsigned convert_pair(float x, float y) {
+    unsigned xy;
+    if (OUT_DTYPE == kFloat16)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(xy) : "f"(y), "f"(x));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(xy) : "f"(y), "f"(x));
+    return xy;
+}
+
+// Place in a consumer's stream of tiles. The same in all lanes, and written so that the compiler can tell.
+struct Cursor {
+    int round = 0;
+    int tile = 0;
+    bool done = false;  // past the last item
+    Ring ring;
+};
+
+// What a step needs to know of its tile.
+struct Place {
+    bool first, last;  // of its item
+    bool masked;
+    int round, tile, stage;
+};
+
+struct Consumer {
+    const AttentionParams& p;
+    const SharedMap& map;
+    int group, lane, row_in_block;  // warpgroup 0..1, lane, first of the thread's two rows (the other is 8 below)
+    int quad;                       // lane within a row
+    unsigned query_low, key_low, value_low;
+
+    float o[DP / 2];
+    unsigned prob[16];
+    float reference[2];
+    float l[2];        // this lane's share
+    float factor[2];   // of the product under way: tile maximum: to O's reference; running: O's rescaling
+    Cursor at;
+    unsigned never;            // 0
+
+    __device__ __forceinline__ Consumer(const AttentionParams& p_, const SharedMap& map_, int group_, int thread)
+        : p(p_), map(map_), group(group_), lane(thread & 31),
+          row_in_block(group_ * kGroupRows + thread / 32 * 16 + (thread & 31) / 4), quad(thread & 3) {
+        never = static_cast<unsigned>(p.channels) >> 30;
+        query_low = descriptor_low(map.query + group * kGroupRows * DP);
+        key_low = descriptor_low(map.key);
+        value_low = descriptor_low(map.value);
+#pragma unroll
+        for (int i = 0; i < DP / 2; ++i) o[i] = 0.0f;
+        for (int r = 0; r < 2; ++r) factor[r] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) prob[i] = 0;
+    }
+
+    __device__ __forceinline__ void arrive(unsigned barrier) const {
+        if (lane == 0) barrier_arrive(barrier);
+    }
+
+    // Waits for the queries of the item of this round, and takes its first tile from its record.
+    __device__ __forceinline__ void enter_item() {
+        barrier_wait(map.query_full(at.round & 1), at.round >> 1 & 1);
+        const int4 tiles = load_int4(map.record(at.round) + 16 * group);
+        at.tile = __reduce_max_sync(kFullWarp, tiles.x);
+        at.done = __any_sync(kFullWarp, tiles.y == 0);
+    }
+
+    __device__ __forceinline__ Place place() const {
+        const int4 tiles = load_int4(map.record(at.round) + 16 * group);
+        return {at.tile == tiles.x, at.tile + 1 == tiles.y, at.tile < tiles.z || at.tile >= tiles.w,
+                at.round, at.tile, at.ring.stage};
+    }
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// --- producers ----------------------------------------------------------------------------------------------
+
+// Tiles of K and V, in the order in which the consumers take them; which ones, the records say.
+__device__ __forceinline__ void produce_tiles(const AttentionParams& p, const SharedMap& map) {
+    Ring ring;
+    for (int round = 0;; ++round) {
+        barrier_wait(map.record_full(round & 1), round >> 1 & 1);
+        const int4 tiles = load_int4(map.record(round));
+        if (tiles.y == 0) return;
+        const int kv_head = load_int4(map.record(round) + kRecordItem).z;
+        long long tile = static_cast<long long>(kv_head) * p.tiles + tiles.x;
+        int count = tiles.y - tiles.x;
+#pragma unroll 1
+        for (; count > 0; --count, ++tile) {
+            const unsigned key_full = map.key_full(ring.stage);
+            barrier_wait(map.key_empty(ring.stage), ring.phase ^ 1);
+            barrier_expect(key_full, kTileBytes + kAuxBytes);
+            bulk_copy(map.key + ring.stage * kTileBytes, p.k + tile * kTileBytes, kTileBytes, key_full);
+            const unsigned aux = map.aux + ring.stage * kAuxBytes;
+            bulk_copy(aux, p.k_scale + tile * (kScaleBytes / 4), kScaleBytes, key_full);
+            if (kFolded) bulk_copy(aux + kScaleBytes, p.v_fold + tile * (2 * kTileKeys), 8 * kTileKeys, key_full);
+            const unsigned value_full = map.value_full(ring.stage);
+            barrier_wait(map.value_empty(ring.stage), ring.phase ^ 1);
+            barrier_expect(value_full, kTileBytes);
+            bulk_copy(map.value + ring.stage * kTileBytes, static_cast<const signed char*>(p.v) + tile * kTileBytes,
+                      kTileBytes, value_full);
+            ring.advance();
+        }
+    }
+}
+
+// Q, its scales and those of V. Rows beyond Sq become zeros.
+__device__ __forceinline__ void produce_queries(const AttentionParams& p, const SharedMap& map, int thread) {
+    constexpr int chunks = DP / 16;  // 16-byte chunks of a row
+    for (int round = 0;; ++round) {
+        const int buffer = round & 1;
+        barrier_wait(map.record_full(buffer), round >> 1 & 1);
+        if (load_int4(map.record(round)).y == 0) {
+            barrier_arrive(map.query_full(buffer));
+            return;
+        }
+        const int4 item = load_int4(map.record(round) + kRecordItem);  // row, head, kv_head, batch
+        const long long first = static_cast<long long>(item.y) * p.queries + item.x;
+        const signed char* source = p.q + first * DP;
+        const unsigned target = map.query + buffer * kQueryBytes;
+        const int rows = p.queries - item.x;
+#pragma unroll 1
+        for (int c = thread; c < kBlockRows * chunks; c += kQueryLoaders) {
+            const int row = c / chunks;
+            const int chunk = c % chunks;
+            const int r = row % kGroupRows;
+            unsigned offset = (row / kGroupRows) * (kGroupRows * DP) + r * kRowBytes;
+            if (DP == 64)
+                offset += (chunk ^ (r >> 1 & 3)) << 4;
+            else
+                offset += (chunk / 8) * (kGroupRows * 128) + ((chunk % 8 ^ (r & 7)) << 4);
+            const bool inside = row < rows;
+            copy16_async(target + offset, inside ? source + c * 16 : p.q, inside);
+        }
+        const unsigned scales = map.query_scale + buffer * kBlockRows * 4;
+#pragma unroll 1
+        for (int row = thread; row < kBlockRows; row += kQueryLoaders) {
+            const bool inside = row < rows;
+            copy4_async(scales + row * 4, inside ? p.q_scale + first + row : p.q_scale, inside);
+        }
+        const float* v_scale = p.v_scale + static_cast<long long>(item.z) * DP;
+#pragma unroll 1
+        for (int channel = thread; channel < DP; channel += kQueryLoaders)
+            copy4_async(map.value_scale + (round % kItemSlots * DP + channel) * 4, v_scale + channel, true);
+        copies_wait();
+        shared_store_fence();
+        barrier_arrive(map.query_full(buffer));
+    }
+}
+
+// --- small arithmetic ---------------------------------------------------------------------------------------
+
+// Largest of the four lanes that share a row.
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+    return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(kFullWarp, x, 1);
+    return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
+// Two probabilities 0..255, rounded to integers in the low bytes of two halves: a half in [1024, 2048) has ulp 1.
+__device__ __forceinline__ unsigned round2(float e0, float e1) {
+    unsigned y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(e1), "f"(e0));
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(y), "r"(0x64006400u));
+    return y;
+}
+
+// Element n of accumulator word w of P: rows alternate with w, and the four keys are 2q, 2q+1, 8+2q, 9+2q of the
+// word's 16 keys.
+__device__ __forceinline__ constexpr int score_of(int word, int n) {
+    return 8 * (word >> 1) + 2 * (word & 1) + 4 * (n >> 1) + (n & 1);
+}
+
+// Key of accumulator element i within the tile, for lane 0 of the quad.
+__device__ __forceinline__ constexpr int key_of(int i) {
+    return 8 * (i >> 2) + (i & 1);
+}
+
+__device__ __forceinline__ constexpr int row_of(int i) {
+    return i >> 1 & 1;
+}
+
+// --- consumer -----------------------------------------------------------------------------------------------
+
+// Two outputs of 16 bits in a word, x in the low half.
+__device__ __forceinline__ unsigned convert_pair(float x, float y) {
+    unsigned xy;
+    if (OUT_DTYPE == kFloat16)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(xy) : "f"(y), "f"(x));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(xy) : "f"(y), "f"(x));
+    return xy;
+}
+
+// Place in a consumer's stream of tiles. The same in all lanes, and written so that the compiler can tell.
+struct Cursor {
+    int round = 0;
+    int tile = 0;
+    bool done = false;  // past the last item
+    Ring ring;
+};
+
+// What a step needs to know of its tile.
+struct Place {
+    bool first, last;  // of its item
+    bool masked;
+    int round, tile, stage;
+};
+
+struct Consumer {
+    const AttentionParams& p;
+    const SharedMap& map;
+    int group, lane, row_in_block;  // warpgroup 0..1, lane, first of the thread's two rows (the other is 8 below)
+    int quad;                       // lane within a row
+    unsigned query_low, key_low, value_low;
+
+    float o[DP / 2];
+    unsigned prob[16];
+    float reference[2];
+    float l[2];        // this lane's share
+    float factor[2];   // of the product under way: tile maximum: to O's reference; running: O's rescaling
+    Cursor at;
+    unsigned never;            // 0
+
+    __device__ __forceinline__ Consumer(const AttentionParams& p_, const SharedMap& map_, int group_, int thread)
+        : p(p_), map(map_), group(group_), lane(thread & 31),
+          row_in_block(group_ * kGroupRows + thread / 32 * 16 + (thread & 31) / 4), quad(thread & 3) {
+        never = static_cast<unsigned>(p.channels) >> 30;
+        query_low = descriptor_low(map.query + group * kGroupRows * DP);
+        key_low = descriptor_low(map.key);
+        value_low = descriptor_low(map.value);
+#pragma unroll
+        for (int i = 0; i < DP / 2; ++i) o[i] = 0.0f;
+        for (int r = 0; r < 2; ++r) factor[r] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) prob[i] = 0;
+    }
+
+    __device__ __forceinline__ void arrive(unsigned barrier) const {
+        if (lane == 0) barrier_arrive(barrier);
+    }
+
+    // Waits for the queries of the item of this round, and takes its first tile from its record.
+    __device__ __forceinline__ void enter_item() {
+        barrier_wait(map.query_full(at.round & 1), at.round >> 1 & 1);
+        const Tiles& tiles = records[at.round % kItemSlots].tiles[group];
+        at.tile = __reduce_max_sync(kFullWarp, tiles.begin);
+        at.done = __any_sync(kFullWarp, tiles.end == 0);
+    }
+
+    __device__ __forceinline__ Place place() const {
+        const Tiles tiles = records[at.round % kItemSlots].tiles[group];
+        return {at.tile == tiles.begin, at.tile + 1 == tiles.end,
+                at.tile < tiles.plain_begin || at.tile >= tiles.plain_end, at.round, at.tile, at.ring.stage};
+    }
+
+    __device__ __forceinline__ void advance(bool last) {
+        at.ring.advance();
+        ++at.tile;
+        if (__builtin_expect(last, 0)) {
+            ++at.round;
+            enter_item();
+        }
+    }
+
+    // S = Q K^T of the cursor's tile. Past the last item the product repeats old data, so that the code has one path.
+    __device__ __forceinline__ void issue_scores(int (&s)[64]) const {
+        const unsigned a = query_low + (at.round & 1) * (kQueryBytes >> 4);
+        const unsigned b = key_low + at.ring.stage * (kTileBytes >> 4);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < DP / 32; ++k) {
+            const unsigned step = k % 4 * kDescriptorStep32;
+            const unsigned long long da = descriptor(a + k / 4 * (kGroupRows * 128 >> 4) + step, kScoreHigh);
+            const unsigned long long db = descriptor(b + k / 4 * (kTileKeys * 128 >> 4) + step, kScoreHigh);
+            if (k == 0)
+                wgmma_s8s8_n128_first(s, da, db);
+            else
+                wgmma_s8s8_n128(s, da, db);
+        }
+        wgmma_commit();
+    }
+
+    // acc = P V of 128 channels from the given one.
+    __device__ __forceinline__ void issue_values(int (&acc)[64], int stage, int channel) const {
+        const unsigned b = value_low + stage * (kTileBytes >> 4) + channel * (128 >> 4);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const unsigned long long db = descriptor(b + k * kDescriptorStep32, kValueHigh);
+            if (k == 0)
+                wgmma_u8s8_n128_first(acc, prob + 4 * k, db);
+            else
+                wgmma_u8s8_n128(acc, prob + 4 * k, db);
+        }
+        wgmma_commit();
+    }
+
+    // The same of 64 channels.
+    __device__ __forceinline__ void issue_values(int (&acc)[32], int stage, int) const {
+        const unsigned b = value_low + stage * (kTileBytes >> 4);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const unsigned long long db = descriptor(b + k * kDescriptorStep32, kValueHigh);
+            if (k == 0)
+                wgmma_u8s8_n64_first(acc, prob + 4 * k, db);
+            else
+                wgmma_u8s8_n64(acc, prob + 4 * k, db);
+        }
+        wgmma_commit();
+    }
+
+    // O += the product, from o[first] on.
+    template <int n>
+    __device__ __forceinline__ void add_product(const int (&acc)[n], int first) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const float x = static_cast<float>(acc[i]);
+            float& y = o[first + i];
+            y = kTileMax ? fmaf(x, factor[row_of(i)], y) : fmaf(y, factor[row_of(i)], x);
+        }
+    }
+
+    // The keys of the tile that row r of this thread sees, of the 32 that the thread holds: bit 2i + c is key
+    // 8i + 2 quad + c.
+    __device__ __forceinline__ unsigned visible_bits(const Place& place, int r) const {
+        const KeyRange keys = visible_keys(p, load_int4(map.record(place.round) + kRecordItem).x + row_in_block + 8 * r);
+        const int base = place.tile * kTileKeys + 2 * quad;
+        return low_bits(keys.end - base) & ~low_bits(keys.begin - base);
+    }
+
+    // Bits of the thread's keys below a key relative to its first.
+    static __device__ __forceinline__ unsigned low_bits(int key) {
+        const int count = key <= 0 ? 0 : 2 * (key >> 3) + ((key & 7) < 2 ? key & 7 : 2);
+        return count >= 32 ? 0xffffffffu : (1u << count) - 1u;
+    }
+
+    // Scores to floats (token scales): S * k_scale, V folded: the whole exponent.
+    __device__ __forceinline__ void scale_scores(int (&s)[64], const float (&query_scale)[2]) const {
+        const unsigned aux = map.aux + at.ring.stage * kAuxBytes + 8 * quad;
+#pragma unroll
+        for (int i = 0; i < 64; i += 4) {
+            const float2 scale = load_float2(aux + 8 * i);
+            float x[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) x[n] = static_cast<float>(s[i + n]) * (n & 1 ? scale.y : scale.x);
+            if (kFolded) {
+                const float4 fold = load_float4(aux + kScaleBytes + 8 * quad + 16 * i);
+#pragma unroll
+                for (int n = 0; n < 4; ++n) x[n] = fmaf(x[n], query_scale[n >> 1], n & 1 ? fold.z : fold.x);
+            }
+#pragma unroll
+            for (int n = 0; n < 4; ++n) s[i + n] = __float_as_int(x[n]);
+        }
+    }
+
+    __device__ __forceinline__ void hide_scores(int (&s)[64], const Place& place) const {
+        const int hidden = kRaw ? kHidden : static_cast<int>(0xff800000u);  // -inf
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const unsigned bits = visible_bits(place, r);
+#pragma unroll
+            for (int i = 2 * r; i < 64; i += 4) {
+                s[i] = bits & 1u << (i - 2 * r) / 2 ? s[i] : hidden;
+                s[i + 1] = bits & 2u << (i - 2 * r) / 2 ? s[i + 1] : hidden;
+            }
+        }
+    }
+
+    // Zero the probabilities of hidden keys: with integer scores a tiny scale would let them through.
+    __device__ __forceinline__ void hide_probabilities(const Place& place) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const unsigned bits = visible_bits(place, r);
+#pragma unroll
+            for (int w = r; w < 16; w += 2)
+                prob[w] &= ((bits >> 2 * (w - r) & 15u) * 0x00204081u & 0x01010101u) * 255u;
+        }
+    }
+
+    // Largest exponent of each of the two rows; -inf when the tile shows nothing. scale: to exponents.
+    __device__ __forceinline__ void row_maxima(const int (&s)[64], const float (&scale)[2], float (&m)[2]) const {
+        if (kRaw) {
+            int x[2][4];  // four chains a row, for the latency
+#pragma unroll
+            for (int i = 0; i < 64; i += 2) {
+                int& y = x[row_of(i)][i / 4 % 4];
+                y = i < 16 ? max(s[i], s[i + 1]) : max(y, max(s[i], s[i + 1]));
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int y = max(max(x[r][0], x[r][1]), max(x[r][2], x[r][3]));
+                m[r] = y == kHidden ? -infinity() : static_cast<float>(y) * scale[r];
+            }
+        } else {
+            float x[2][4];
+#pragma unroll
+            for (int i = 0; i < 64; i += 2) {
+                float& y = x[row_of(i)][i / 4 % 4];
+                const float z = fmaxf(__int_as_float(s[i]), __int_as_float(s[i + 1]));
+                y = i < 16 ? z : fmaxf(y, z);
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float y = fmaxf(fmaxf(x[r][0], x[r][1]), fmaxf(x[r][2], x[r][3]));
+                m[r] = kFolded ? y : y * scale[r];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) m[r] = quad_max(m[r]);
+    }
+
+    // From the rows' maxima: the shift of the exponents, the factor of this tile's product, l's rescaling.
+    __device__ __forceinline__ void update_reference(const float (&m)[2], float (&shift)[2]) {
+        if (kTileMax) {
+            bool grow[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) grow[r] = m[r] - reference[r] > kReferenceSlack;  // also from -inf
+            if (__builtin_expect(__any_sync(kFullWarp, grow[0] || grow[1]), 0)) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const float down = grow[r] ? exp2_fast(reference[r] - m[r]) : 1.0f;
+                    if (grow[r]) reference[r] = m[r];
+                    l[r] *= down;
+#pragma unroll
+                    for (int i = 0; i < DP / 2; ++i)
+                        if (row_of(i) == r) o[i] *= down;
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                factor[r] = exp2_from(m[r], reference[r]);
+                shift[r] = kLog2Levels - (m[r] == -infinity() ? 0.0f : m[r]);
+            }
+        } else {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float to = fmaxf(reference[r], m[r]);
+                factor[r] = exp2_from(reference[r], to);
+                shift[r] = kLog2Levels - (to == -infinity() ? 0.0f : to);
+                reference[r] = to;
+            }
+        }
+    }
+
+    // x, but not before y is known. The bits that decide it are zero, which the compiler cannot know.
+    __device__ __forceinline__ float after(float x, unsigned y) const {
+        return __int_as_float(__float_as_int(x) | static_cast<int>(y & never));
+    }
+
+    // P from the scores, and l. The exponentials take the place of the scores: no further registers are free.
+    __device__ __forceinline__ void exponentials(int (&s)[64], const float (&scale)[2], const float (&shift)[2],
+                                                 const Place& place) {
+        const unsigned fold = map.aux + place.stage * kAuxBytes + kScaleBytes + 16 * quad;
+        float unrounded[2] = {0.0f, 0.0f};
+        take_turn();
+        float shifts[2] = {shift[0], shift[1]};
+#pragma unroll
+        for (int block = 0; block < 8; ++block) {  // 16 keys
+            if (block >= kChain)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) shifts[r] = after(shifts[r], prob[2 * (block - kChain) + r]);
+#pragma unroll
+            for (int i = 8 * block; i < 8 * block + 8; ++i) {
+                const int r = row_of(i);
+                float x = kRaw ? static_cast<float>(s[i]) : __int_as_float(s[i]);
+                x = kFolded ? x + shifts[r] : fmaf(x, scale[r], shifts[r]);
+                s[i] = __float_as_int(exp2_fast(x));
+            }
+            if (kFolded) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float4 value = load_float4(fold + 128 * block + 64 * half);
+#pragma unroll
+                    for (int n = 0; n < 4; ++n)
+                        unrounded[n >> 1] = fmaf(__int_as_float(s[8 * block + 4 * half + n]),
+                                                 n & 1 ? value.w : value.y, unrounded[n >> 1]);
+                }
+            }
+#pragma unroll
+            for (int w = 2 * block; w < 2 * block + 2; ++w)
+                prob[w] = __byte_perm(
+                    round2(__int_as_float(s[score_of(w, 0)]), __int_as_float(s[score_of(w, 1)])),
+                    round2(__int_as_float(s[score_of(w, 2)]), __int_as_float(s[score_of(w, 3)])), 0x6420);
+        }
+        pass_turn();
+        if (MASKED && kRaw && __builtin_expect(place.masked, 0)) hide_probabilities(place);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float sum = unrounded[r];
+            if (!kFolded) {
+                unsigned count[2] = {0, 0};
+#pragma unroll
+                for (int w = r; w < 16; w += 2) count[w / 8] = __dp4a(prob[w], 0x01010101u, count[w / 8]);
+                sum = static_cast<float>(static_cast<int>(count[0] + count[1]));
+            }
+            l[r] = kTileMax ? fmaf(sum, factor[r], l[r]) : fmaf(l[r], factor[r], sum);
+        }
+    }
+
+    __device__ __forceinline__ void begin_item(const float (&scale)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            reference[r] = -infinity();
+            l[r] = scale[r] * 0.0f;  // NaN for a poisoned row, and so it stays
+        }
+#pragma unroll
+        for (int i = 0; i < DP / 2; ++i) o[i] = 0.0f;
+    }
+
+    // Two neighbouring channels, at a multiple of two elements.
+    __device__ __forceinline__ void store_pair(long long index, float x, float y) const {
+        if (OUT_DTYPE == kFloat32)
+            *reinterpret_cast<float2*>(static_cast<float*>(p.out) + index) = {x, y};
+        else
+            *reinterpret_cast<unsigned*>(static_cast<unsigned short*>(p.out) + index) = convert_pair(x, y);
+    }
+
+    __device__ __forceinline__ void store_one(long long index, float x) const {
+        if (OUT_DTYPE == kFloat32)
+            static_cast<float*>(p.out)[index] = x;
+        else
+            static_cast<unsigned short*>(p.out)[index] = static_cast<unsigned short>(convert_pair(x, x));
+    }
+
+    // Writes the rows of the round-th item.
+    __device__ __forceinline__ void finish_item(int round) const {
+        const int4 item = load_int4(map.record(round) + kRecordItem);  // row, head, kv_head, batch
+        const int batch = item.w;
+        const int head = item.y;
+        const float guard = load_float(map.record(round) + kRecordGuard);
+        const unsigned v_scale = map.value_scale + (round % kItemSlots * DP + 2 * quad) * 4;
+        float inverse[2];
+        bool inside[2];
+        long long index[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int row = item.x + row_in_block + 8 * r;
+            inside[r] = row < p.queries;
+            const float total = quad_sum(l[r]);
+            const float poisoned = guard + total * 0.0f;
+            inverse[r] = finish_factor(total, poisoned);
+            index[r] = batch * p.out_batch + (head - batch * p.heads) * p.out_head + row * p.out_row +
+                       2 * quad * p.out_channel;
+            if (p.lse != nullptr && quad == 0 && inside[r]) {
+                const long long at_row = static_cast<long long>(head) * p.queries + row;
+                const float offset = p.lse_shift != nullptr ? p.lse_shift[at_row] * p.scale : 0.0f;
+                p.lse[at_row] = log_sum_exp(reference[r], total, kLevels, offset, poisoned);
+            }
+        }
+        if (OUT_PLAIN) {
+#pragma unroll
+            for (int i = 0; i < DP / 8; ++i) {
+                const float2 scale = load_float2(v_scale + 32 * i);
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+                    if (inside[r])
+                        store_pair(index[r] + 8 * i, o[4 * i + 2 * r] * (inverse[r] * scale.x),
+                                   o[4 * i + 2 * r + 1] * (inverse[r] * scale.y));
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < DP / 8; ++i) {
+                const float2 scale = load_float2(v_scale + 32 * i);
+                const int channel = 8 * i + 2 * quad;
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    if (inside[r] && channel < p.channels)
+                        store_one(index[r], o[4 * i + 2 * r] * (inverse[r] * scale.x));
+                    if (inside[r] && channel + 1 < p.channels)
+                        store_one(index[r] + p.out_channel, o[4 * i + 2 * r + 1] * (inverse[r] * scale.y));
+                    index[r] += 8 * p.out_channel;
+                }
+            }
+        }
+    }
+
+    // The scales of the two rows for the cursor's tile; token scales of K come in later.
+    __device__ __forceinline__ void read_scales(float (&scale)[2]) const {
+        const unsigned address = map.query_scale + ((at.round & 1) * kBlockRows + row_in_block) * 4;
+        const float key_scale = kRaw ? load_float(map.aux + at.ring.stage * kAuxBytes + 4 * quad) : 1.0f;
+        scale[0] = load_float(address) * p.scale_log2 * key_scale;
+        scale[1] = load_float(address + 32) * p.scale_log2 * key_scale;
+    }
+
+    // From S to the row maxima: everything of a step before the product under way is needed. scale: of the two rows.
+    __device__ __forceinline__ void first_half(int (&s)[64], const Place& place, const float (&scale)[2], float (&m)[2]) {
+        if (kRaw) arrive(map.key_empty(place.stage));
+        if (place.last) arrive(map.query_empty(place.round & 1));
+        if (!kRaw) scale_scores(s, scale);
+        if (MASKED && __builtin_expect(place.masked, 0)) hide_scores(s, place);
+        row_maxima(s, scale, m);
+    }
+
+    __device__ __forceinline__ bool next_key_ready() const {
+        Ring next = at.ring;
+        next.advance();
+        return barrier_test(map.key_full(next.stage), next.phase);
+    }
+
+    __device__ __forceinline__ void wait_key(bool ready) const {
+        if (!ready && !at.done) barrier_wait(map.key_full(at.ring.stage), at.ring.phase);
+    }
+
+    // Two warpgroups take turns at the exponentials, so that one computes them while the other does everything else.
+    __device__ __forceinline__ void take_turn() const {
+        if (PINGPONG) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
+    }
+
+    __device__ __forceinline__ void pass_turn() const {
+        if (PINGPONG) asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory");
+    }
+
+    // From the row maxima to P.
+    __device__ __forceinline__ void second_half(int (&s)[64], const Place& place, unsigned phase,
+                                                const float (&scale)[2], const float (&m)[2]) {
+        float shift[2];
+        const bool value_ready = barrier_test(map.value_full(place.stage), phase);
+        update_reference(m, shift);
+        exponentials(s, scale, shift, place);
+        if (!kRaw) arrive(map.key_empty(place.stage));
+        if (!value_ready) barrier_wait(map.value_full(place.stage), phase);
+    }
+
+#if PIPELINED
+    // A step of the pipeline: S of the cursor's tile is in s, the product of the tile before under way in other.
+    __device__ __forceinline__ void step(int (&s)[64], int (&other)[64]) {
+        float scale[2], m[2];
+        const Place here = place();
+        const unsigned phase = at.ring.phase;
+        const bool key_ready = next_key_ready();
+        read_scales(scale);
+        first_half(s, here, scale, m);
+        advance(here.last);
+        wait_key(key_ready);
+        wgmma_wait<0>(other, prob);
+        if (!here.first || here.round > 0) arrive(map.value_empty(here.stage == 0 ? kStages - 1 : here.stage - 1));
+        add_product(other, 0);
+        issue_scores(other);
+        if (__builtin_expect(here.first, 0)) {
+            if (here.round > 0) finish_item(here.round - 1);
+            begin_item(scale);
+        }
+        second_half(s, here, phase, scale, m);
+        issue_values(s, here.stage, 0);
+    }
+
+    __device__ __forceinline__ void drain(int (&other)[64]) {
+        wgmma_wait<0>(other, prob);
+        add_product(other, 0);
+        finish_item(at.round - 1);
+    }
+
+    __device__ __forceinline__ void run() {
+        static_assert(DP == 128, "registers");
+        int a[64], b[64];
+#pragma unroll
+        for (int i = 0; i < 64; ++i) a[i] = b[i] = 0;
+        enter_item();
+        wait_key(false);
+        issue_scores(a);
+        wgmma_wait<0>(a);
+        while (true) {
+            wgmma_wait<1>(a);
+            if (at.done) {
+                drain(b);
+                break;
+            }
+            step(a, b);
+            wgmma_wait<1>(b);
+            if (at.done) {
+                drain(a);
+                break;
+            }
+            step(b, a);
+        }
+    }
+#else
+    __device__ __forceinline__ void run() {
+        int s[64];
+#pragma unroll
+        for (int i = 0; i < 64; ++i) s[i] = 0;
+        enter_item();
+        wait_key(false);
+        issue_scores(s);
+        while (true) {
+            wgmma_wait<0>(s);
+            if (at.done) break;
+            float scale[2], m[2];
+            const Place here = place();
+            const unsigned phase = at.ring.phase;
+            read_scales(scale);
+            first_half(s, here, scale, m);
+            if (__builtin_expect(here.first, 0)) begin_item(scale);
+            second_half(s, here, phase, scale, m);
+            const bool key_ready = next_key_ready();
+            if (DP == 64) {
+                int product[32];
+#pragma unroll
+                for (int i = 0; i < 32; ++i) product[i] = 0;
+                issue_values(product, here.stage, 0);
+                advance(here.last);
+                wait_key(key_ready);
+                issue_scores(s);
+                wgmma_wait<1>(product, prob);
+                arrive(map.value_empty(here.stage));
+                add_product(product, 0);
+            } else {
+#pragma unroll
+                for (int channel = 0; channel < DP; channel += 128) {
+                    issue_values(s, here.stage, channel);
+                    wgmma_wait<0>(s, prob);
+                    if (channel + 128 == DP) arrive(map.value_empty(here.stage));
+                    add_product(s, channel / 2);
+                }
+                advance(here.last);
+                wait_key(key_ready);
+                issue_scores(s);
+            }
+            if (__builtin_expect(here.last, 0)) finish_item(here.round);
+        }
+    }
+#endif
+};
+
+}  // namespace intfa
+
+extern "C" __global__ void __launch_bounds__(intfa::kThreads, 1)
+    attention_wgmma(const __grid_constant__ intfa::AttentionParams p) {
+    using namespace intfa;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const SharedMap map(shared_address(shared));
+    // The result of a warp reduction is known to be the same for all lanes.
+    const int group = static_cast<int>(__reduce_max_sync(kFullWarp, threadIdx.x / 128));
+    const int thread = threadIdx.x % 128;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kStages; ++i) {
+            barrier_init(map.key_full(i), 1);
+            barrier_init(map.key_empty(i), 4 * kConsumers);
+            barrier_init(map.value_full(i), 1);
+            barrier_init(map.value_empty(i), 4 * kConsumers);
+        }
+        for (int i = 0; i < 2; ++i) {
+            barrier_init(map.query_full(i), kQueryLoaders);
+            barrier_init(map.query_empty(i), 4 * kConsumers);
+            barrier_init(map.record_full(i), 1);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (group == 0) {
+        registers_release<kProducerRegisters>();
+        if (thread >= 64)
+            produce_queries(p, map, thread - 64);
+        else if (thread == 32)
+            produce_records(p, map);
+        else if (thread == 0)
+            produce_tiles(p, map);
+    } else {
+        registers_claim<kConsumerRegisters>();
+        Consumer consumer(p, map, group - 1, thread);
+        if (PINGPONG && group == 2) asm volatile("bar.arrive 1, 256;" ::: "memory");
+        consumer.run();
+    }
+}

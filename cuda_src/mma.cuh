@@ -1,0 +1,206 @@
+// Warp-level tensor-core products (mma.sync, sm_80 and later), their operand loads and asynchronous copies.
+//
+// Fragments of m16n8 products, lane = 4r + q:
+//   A (16 rows, 32 bytes deep)   words 0..3: {row r, bytes 4q..4q+3}, {row r+8, same}, {row r, bytes 16+4q..}, {row r+8}
+//   B (8 columns, 32 bytes deep) words 0..1: column r, bytes 4q..4q+3 and 16+4q..16+4q+3
+//   C                            elements 0..3: {row r, columns 2q, 2q+1}, {row r+8, same}
+// A depth of 32 bytes is 32 8-bit or 16 16-bit elements: seen as bytes, all formats have the same fragments.
+#pragma once
+
+#include "platform.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "attention_mma needs sm_80 or later: earlier tensor cores have no m16n8k32 integer product and no cp.async"
+#endif
+
+namespace intfa {
+
+// What elements of Q, K, P or V are stored as.
+constexpr int kInt8 = 0;
+constexpr int kInt4 = 1;  // two to a byte, unpacked to int8 in registers
+constexpr int kHalf = 2;
+constexpr int kBrain = 3;  // bfloat16
+constexpr int kE4M3 = 4;
+constexpr int kE5M2 = 5;
+
+// What one scale of K covers, beside those of params.cuh: a head, (B, Hkv).
+constexpr int kScaleHead = 4;
+
+constexpr int format_bits(int format) {
+    return format == kInt4 ? 4 : format == kHalf || format == kBrain ? 16 : 8;
+}
+
+// --- integer products: d = a b + c -----------------------------------------------------------------------------
+//
+// Where the sum starts is an operand of its own. Starting at kIntegerMagic makes the result, read as a float, the
+// number kFloatMagic + a b, as long as |a b| < 2^22: no conversion is needed.
+
+constexpr int kIntegerMagic = 0x4B400000;
+constexpr float kFloatMagic = 12582912.0f;  // 1.5 * 2^23
+
+__device__ __forceinline__ void mma_s8s8(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const int (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+__device__ __forceinline__ void mma_u8s8(int (&d)[4], const uint32* a, uint32 b0, uint32 b1, const int (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+// --- floating products: d += a b -------------------------------------------------------------------------------
+
+#define INTFA_MMA_FLOAT(shape_and_types)                                                                         \
+    asm("mma.sync.aligned." shape_and_types                                                                      \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                       \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+
+template <int format>
+__device__ __forceinline__ void mma_float(float* d, const uint32* a, uint32 b0, uint32 b1) {
+    if constexpr (format == kHalf) {
+        INTFA_MMA_FLOAT("m16n8k16.row.col.f32.f16.f16.f32");
+    } else if constexpr (format == kBrain) {
+        INTFA_MMA_FLOAT("m16n8k16.row.col.f32.bf16.bf16.f32");
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+    } else if constexpr (format == kE4M3) {
+        INTFA_MMA_FLOAT("m16n8k32.row.col.f32.e4m3.e4m3.f32");
+    } else if constexpr (format == kE5M2) {
+        INTFA_MMA_FLOAT("m16n8k32.row.col.f32.e5m2.e5m2.f32");
+#endif
+    } else {
+        static_assert(format < 0, "this architecture has no product of this format (FP8 needs sm_89)");
+    }
+}
+#undef INTFA_MMA_FLOAT
+
+// --- operands from shared memory -------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32 shared_address(const void* pointer) {
+    return static_cast<uint32>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8x8 matrices of 16-bit elements (8 rows of 16 bytes each); lane l gives the address of row l % 8 of matrix
+// l / 8 and gets bytes 4q..4q+3 of row r of each.
+__device__ __forceinline__ void load_matrices(uint32 (&x)[4], uint32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address));
+}
+
+// The same, each matrix transposed: elements (2q, r) and (2q+1, r).
+__device__ __forceinline__ void load_matrices_transposed(uint32 (&x)[4], uint32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address));
+}
+
+__device__ __forceinline__ float2 load_float2(uint32 address) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
+    return x;
+}
+
+__device__ __forceinline__ float4 load_float4(uint32 address) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address));
+    return x;
+}
+
+__device__ __forceinline__ void load_words(uint32 (&x)[4], uint32 address) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address));
+}
+
+__device__ __forceinline__ void store_words(uint32 address, const uint32 (&x)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ float load_float(uint32 address) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
+    return x;
+}
+
+__device__ __forceinline__ int4 load_ints(uint32 address) {
+    int4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address));
+    return x;
+}
+
+__device__ __forceinline__ void store_ints(uint32 address, int4 x) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+
+// 16 bytes, global to shared, asynchronous; see copy_commit and copy_wait_groups.
+__device__ __forceinline__ void copy16_async(uint32 shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+// The thread's number, read where it is needed: what is derived from it cannot stay in registers over the main loop.
+__device__ __forceinline__ int thread_now() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
+__device__ __forceinline__ void copy4_async(uint32 shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
+
+// --- two floats to a smaller format, the first one low ------------------------------------------------------------
+
+template <int format>
+__device__ __forceinline__ uint32 pack2(float x, float y) {
+    uint32 word = 0;
+    if constexpr (format == kHalf) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
+    } else if constexpr (format == kBrain) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+    } else {
+        unsigned short pair;
+        if constexpr (format == kE4M3)
+            asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(y), "f"(x));
+        else
+            asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(y), "f"(x));
+        word = pair;
+#endif
+    }
+    return word;
+}
+
+// Two numbers 0..255, rounded to integers in the low bytes of two halves: a half in [1024, 2048) has unit steps.
+__device__ __forceinline__ uint32 round2(float x, float y) {
+    uint32 word = pack2<kHalf>(x, y);
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(word), "r"(0x64006400u));
+    return word;
+}
+
+// Bytes of eight 4-bit numbers, times 16: the low nibbles of the word's four bytes, and the high ones.
+__device__ __forceinline__ uint32 low_nibbles(uint32 word) { return word << 4 & 0xf0f0f0f0u; }
+__device__ __forceinline__ uint32 high_nibbles(uint32 word) { return word & 0xf0f0f0f0u; }
+
+// All elements of a word negated (8-bit integers must not be -128).
+template <int format>
+__device__ __forceinline__ uint32 negate(uint32 word) {
+    if constexpr (format == kHalf || format == kBrain)
+        return word ^ 0x80008000u;
+    else if constexpr (format == kE4M3 || format == kE5M2)
+        return word ^ 0x80808080u;
+    else
+        return __vneg4(word);
+}
+
+}  // namespace intfa

@@ -1,0 +1,107 @@
+// The arguments of every kernel, as plain data. intfa_cupy/gpu.py mirrors both structs field by field as NumPy
+// structured types; a test compares sizes and offsets. Keep 8-byte fields first, so that no padding appears.
+#pragma once
+
+namespace intfa {
+
+// Element types of inputs and outputs.
+constexpr int kFloat16 = 0;
+constexpr int kBFloat16 = 1;
+constexpr int kFloat32 = 2;
+
+// What one scale of K covers.
+constexpr int kScaleToken = 0;    // one key
+constexpr int kScaleGroup = 1;    // the 32 keys j of a tile with the same (j % 8) / 2
+constexpr int kScaleTile = 2;     // the 128 keys of a tile
+constexpr int kScaleChannel = 3;  // one key and 32 channels
+
+// What one scale of V covers.
+constexpr int kValueChannel = 0;  // one channel of a head
+constexpr int kValueHead = 1;     // a head
+constexpr int kValueToken = 2;    // one key; folded into the exponent
+
+// Keys of one tile, aligned to absolute key 0. P is quantised within a tile.
+constexpr int kTileKeys = 128;
+
+// A window side without bound.
+constexpr int kUnbounded = 0x7fffffff;
+
+// Shapes below: B batches, H query heads, Hkv key/value heads (H a multiple), Sq queries, Sk keys, D channels,
+// Dp = D rounded up to 64, 128 or 256, nT = ceil(Sk / 128).
+struct AttentionParams {
+    const signed char* q;     // (B, H, Sq, Dp) plain rows, zero beyond D
+    const float* q_scale;     // (B, H, Sq); NaN marks a row with a non-finite query
+    const signed char* k;     // (B, Hkv, nT, 128 * Dp) swizzled tiles
+    const float* k_scale;     // token (B, Hkv, nT * 128), group (B, Hkv, nT, 4), tile (B, Hkv, nT)
+    const void* v;            // int8 (B, Hkv, nT, Dp * 128) transposed swizzled tiles, or fp16 (B, Hkv, nT * 128, Dp)
+    const float* v_scale;     // (B, Hkv, Dp)
+    const float* v_fold;      // (B, Hkv, nT * 128) pairs {log2(sv / head), head / sv}, or null
+    const float* guard;       // (B, Hkv): 0, or NaN where a key or value is not finite
+    const float* lse_shift;   // (B, H, Sq): q . mean(K), or null when K was not smoothed
+    void* out;                // (B, H, Sq, D) at the strides below
+    float* lse;               // (B, H, Sq) contiguous, or null
+    long long out_batch;      // strides of out in elements
+    long long out_head;
+    long long out_row;
+    long long out_channel;
+    int batches;              // B
+    int heads;                // H
+    int kv_heads;             // Hkv
+    int queries;              // Sq
+    int keys;                 // Sk
+    int channels;             // D
+    int tiles;                // nT
+    int row_blocks;           // blocks of query rows per head: ceil(Sq / rows of the kernel's tile)
+    int left;                 // keys before the diagonal that a row sees, or kUnbounded
+    int right;                // keys after it (0: causal), or kUnbounded
+    float scale;              // softmax scale
+    float scale_log2;         // scale * log2(e)
+};
+
+// A strided input of the quantiser: element (b, h, s, d) is at data[b*batch + h*head + s*row + d*channel].
+struct Strided {
+    const void* data;
+    long long batch;
+    long long head;
+    long long row;
+    long long channel;
+};
+
+struct QuantizeParams {
+    Strided q;
+    Strided k;
+    Strided v;
+    // statistics of a chunk of rows: nQ chunks per head of q, nK per head of k and v
+    float* q_partial;         // (B, H, nQ, Dp) largest finite |q| per channel
+    float* k_partial;         // (B, Hkv, nK, 3, Dp) sum, smallest, largest per channel
+    float* v_partial;         // (B, Hkv, nK, Dp) largest |v| per channel; token: (B, Hkv, nK, 2) sum and largest of v_token
+    // statistics of a head
+    float* k_mean;            // (B, Hkv, Dp), or null
+    float* equalizer;         // (B, Hkv, 2, Dp): c and 1 / c, or null
+    float* v_statistic;       // (B, Hkv, Dp) largest |v| per channel; head: the same for all; token: [0] is the floor
+    // results; see AttentionParams
+    signed char* q8;
+    float* q_scale;
+    float* lse_shift;
+    signed char* k8;
+    float* k_scale;
+    void* v8;
+    float* v_scale;
+    float* v_fold;
+    float* v_token;           // token: (B, Hkv, nT * 128) largest |v| of each key, in the end its scale
+    float* guard;
+    int batches;
+    int heads;
+    int kv_heads;
+    int queries;
+    int keys;
+    int channels;
+    int tiles;                // nT
+    int q_chunks;             // nQ
+    int k_chunks;             // nK
+    int vector_q;             // 1: rows of q can be read 16 bytes at a time
+    int vector_k;
+    int vector_v;
+};
+
+}  // namespace intfa

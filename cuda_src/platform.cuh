@@ -1,0 +1,195 @@
+// What the portable kernels need from the platform, in one place: every line of inline PTX or architecture
+// test of quantize.cu and attention_wmma.cu is in this file, each with a plain C++ fallback beside it.
+//
+// These two sources also run on a host without a GPU (tests/cpu_cuda builds them with g++). Apart from plain
+// C++17 they use only:
+//   qualifiers    extern "C" __global__, __device__ __forceinline__, __launch_bounds__
+//   memory        one shared array, dynamic: `extern __shared__ unsigned char shared_memory[];` (128-byte aligned)
+//   built-ins     threadIdx.x blockIdx.x gridDim.x blockDim.x (one-dimensional grids and blocks)
+//   barriers      __syncthreads, __syncwarp() (full warps), __any_sync
+//   shuffles      __shfl_xor_sync (float, int; full mask)
+//   vectors       int4, uint4, int2, uint2, float2, float4 (16- and 8-byte loads and stores)
+//   reinterpret   __float_as_int, __int_as_float
+//   nvcuda::wmma  16x16x16 fragments: signed char, unsigned char -> int; __half -> float; row_major A,
+//                 row_major and col_major B, mem_row_major accumulators; fill, load, store, mma_sync
+//   types         __half, __nv_bfloat16 with __half2float, __float2half_rn, __bfloat162float, __float2bfloat16_rn
+//   math          fminf fmaxf fabsf rintf log2f exp2f logf expf fmaf
+// and the functions below.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "params.cuh"
+
+namespace intfa {
+
+using int8 = signed char;
+using uint8 = unsigned char;
+using uint32 = unsigned int;
+using int64 = long long;
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
+
+// --- arithmetic that must not be contracted into FMA (the quantiser is bit-equal to its NumPy model) ----------
+
+__device__ __forceinline__ float mul_rn(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+}
+
+__device__ __forceinline__ float add_rn(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fadd_rn(a, b);
+#else
+    return a + b;
+#endif
+}
+
+__device__ __forceinline__ float div_rn(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fdiv_rn(a, b);
+#else
+    return a / b;
+#endif
+}
+
+__device__ __forceinline__ float sqrt_rn(float a) {
+#ifdef __CUDA_ARCH__
+    return __fsqrt_rn(a);
+#else
+    return __builtin_sqrtf(a);
+#endif
+}
+
+// 2**x to about two units in the last place; 2**-inf = 0; results below the normal range become 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return x < -126.0f ? 0.0f : exp2f(x);
+#endif
+}
+
+// --- bytes ----------------------------------------------------------------------------------------------------
+
+// The low bytes of four words, the first one lowest.
+__device__ __forceinline__ uint32 pack_low_bytes(uint32 a, uint32 b, uint32 c, uint32 d) {
+#ifdef __CUDA_ARCH__
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+#else
+    return (a & 255u) | (b & 255u) << 8 | (c & 255u) << 16 | d << 24;
+#endif
+}
+
+// sum + the sum of the four unsigned bytes of a word.
+__device__ __forceinline__ uint32 add_bytes(uint32 word, uint32 sum) {
+#ifdef __CUDA_ARCH__
+    return __dp4a(word, 0x01010101u, sum);
+#else
+    return sum + (word & 255u) + (word >> 8 & 255u) + (word >> 16 & 255u) + (word >> 24);
+#endif
+}
+
+// Two floats rounded to halves, the first one low.
+__device__ __forceinline__ uint32 pack_halves(float a, float b) {
+#ifdef __CUDA_ARCH__
+    const __half2 pair = __floats2half2_rn(a, b);
+    return *reinterpret_cast<const uint32*>(&pair);
+#else
+    const __half pair[2] = {__float2half_rn(a), __float2half_rn(b)};
+    uint32 word;
+    __builtin_memcpy(&word, pair, sizeof word);
+    return word;
+#endif
+}
+
+// x, but the compiler cannot tell: what is computed from it is computed here, not kept in registers over a loop.
+__device__ __forceinline__ uint32 opaque(uint32 x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
+// --- global -> shared copies of 16 bytes: asynchronous where the architecture has them -----------------------
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+__device__ __forceinline__ void copy16(void* shared, const void* global) {
+    const uint32 address = static_cast<uint32>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+// Wait until this thread's copies have landed; a barrier must follow before other threads read them.
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+// Close a group of copies; wait until at most `pending` groups are under way.
+__device__ __forceinline__ void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int pending>
+__device__ __forceinline__ void copy_wait_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+#else
+__device__ __forceinline__ void copy16(void* shared, const void* global) {
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+}
+__device__ __forceinline__ void copy_wait() {}
+__device__ __forceinline__ void copy_commit() {}
+template <int pending>
+__device__ __forceinline__ void copy_wait_groups() {}
+#endif
+
+// --- element types --------------------------------------------------------------------------------------------
+
+// load and store convert one element; unpack converts the two elements of a word, the low one first.
+template <int dtype>
+struct Element;
+template <>
+struct Element<kFloat16> {
+    using type = __half;
+    static __device__ __forceinline__ float load(type x) { return __half2float(x); }
+    static __device__ __forceinline__ void unpack(uint32 word, float& low, float& high) {
+#ifdef __CUDA_ARCH__
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+        low = pair.x;
+        high = pair.y;
+#else
+        type pair[2];
+        __builtin_memcpy(pair, &word, sizeof word);
+        low = load(pair[0]);
+        high = load(pair[1]);
+#endif
+    }
+    // Saturates: a rounded P can carry an output past the largest V by a little. NaN stays.
+    static __device__ __forceinline__ type store(float x) {
+        return __float2half_rn(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
+    }
+};
+template <>
+struct Element<kBFloat16> {
+    using type = __nv_bfloat16;
+    static __device__ __forceinline__ float load(type x) { return __bfloat162float(x); }
+    static __device__ __forceinline__ void unpack(uint32 word, float& low, float& high) {
+        low = __int_as_float(static_cast<int>(word << 16));
+        high = __int_as_float(static_cast<int>(word & 0xffff0000u));
+    }
+    static __device__ __forceinline__ type store(float x) { return __float2bfloat16_rn(x); }
+};
+template <>
+struct Element<kFloat32> {
+    using type = float;
+    static __device__ __forceinline__ float load(type x) { return x; }
+    static __device__ __forceinline__ type store(float x) { return x; }
+};
+
+}  // namespace intfa

@@ -1,0 +1,294 @@
+"""The table of tiles: how each kernel divides a problem, and which problems and devices it serves.
+
+Everything here is a pure function of a :class:`~intfa_cupy.problem.Problem` and a :class:`Device`. A tile
+carries all macros that its kernel is compiled with, so that it is the cache key, the compiler's options and
+the text of ``explain`` in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .packing import padded_head_dim
+from .problem import Problem
+from .quantized import TILE
+from .recipes import Recipe
+
+__all__ = ["DESCRIPTION", "OUTPUTS", "Device", "Tile", "device_problem", "find", "variants"]
+
+DESCRIPTION = {
+    "wgmma": "INT8 tensor cores of Hopper, 64-row instructions on shared memory",
+    "wmma": "portable WMMA kernel for every NVIDIA GPU since Turing",
+}
+#: Element types that kernels write, and their numbers in cuda_src/params.cuh.
+OUTPUTS = {"float16": 0, "bfloat16": 1, "float32": 2}
+K_SCALES = {"token": 0, "group": 1, "tile": 2, "channel": 3}
+
+_MAX_BLOCKS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a kernel depends on.
+
+    Parameters
+    ----------
+    name : str
+    capability : int
+        Compute capability, 90 for 9.0.
+    sms : int
+        Multiprocessors.
+    shared_memory : int
+        Bytes of shared memory that one block may use.
+    """
+
+    name: str
+    capability: int
+    sms: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel divides its work.
+
+    Parameters
+    ----------
+    kernel : str
+        ``cuda_src/attention_{kernel}.cu``, whose entry has the same name.
+    rows : int
+        Queries of a block.
+    threads : int
+    shared_memory : int
+        Dynamic shared memory of a block in bytes.
+    macros : tuple of (str, int)
+        What the kernel is compiled with, the output's type apart.
+    persistent : bool
+        One block per multiprocessor takes work until none is left; else a block does one block of rows.
+    """
+
+    kernel: str
+    rows: int
+    threads: int
+    shared_memory: int
+    macros: tuple[tuple[str, int], ...]
+    persistent: bool = False
+
+    @property
+    def entry(self) -> str:
+        """str : Source file and entry of the kernel."""
+        return f"attention_{self.kernel}"
+
+    def defines(self, out_dtype: str) -> dict[str, int]:
+        """Return the macros for an output type."""
+        name = "INTFA_OUT" if self.kernel == "wmma" else "OUT_DTYPE"
+        return {**dict(self.macros), name: OUTPUTS[out_dtype]}
+
+    def __str__(self) -> str:
+        options = " ".join(f"{k.removeprefix('INTFA_')}={v}" for k, v in self.macros)
+        return (
+            f"{self.rows} queries x {TILE} keys, {self.threads} threads, "
+            f"{self.shared_memory:,} B shared memory; {options}"
+        )
+
+
+# --- wmma ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Wmma:
+    """Options of attention_wmma.cu that change no result. The defaults suit most."""
+
+    warps: int = 4
+    buffers: int = 2  # 2: K and V each have shared memory; 1: they take turns
+    query_in_registers: bool = True
+    keep_scores: bool = True  # exponents stay in registers between maximum and rounding
+    min_blocks: int = 1  # blocks per multiprocessor that the compiler leaves registers for
+
+
+# By padded head dimension, the best first; the first that fits the device's shared memory is taken. Three blocks per
+# multiprocessor (d = 64) or two (d = 128) want 168 or 255 registers per thread, which is what the exponents of 64
+# keys and the output need; d = 256 leaves no room for the exponents.
+_WMMA = {
+    64: (_Wmma(min_blocks=3), _Wmma(buffers=1)),
+    128: (_Wmma(min_blocks=2), _Wmma(buffers=1)),
+    256: (
+        _Wmma(query_in_registers=False, keep_scores=False),
+        _Wmma(warps=2, query_in_registers=False, keep_scores=False),
+        _Wmma(warps=2, buffers=1, query_in_registers=False, keep_scores=False),
+        _Wmma(warps=2, buffers=1, query_in_registers=False),
+    ),
+}
+
+
+def _wmma_tile(recipe: Recipe, Dp: int, option: _Wmma) -> Tile:
+    # The map of attention_wmma.cu, which checks the sum.
+    half = recipe.p_format == "fp16"
+    keep = option.keep_scores
+    key = TILE * Dp
+    value = TILE * (Dp + 8) * 2 if half else Dp * TILE
+    block = key + value if option.buffers == 2 else max(key, value)
+    block += 4 * TILE if recipe.k_granularity == "token" else 0
+    block += 8 * TILE if recipe.folded_v else 0
+    warp = 16 * 136 * 4 + 16 * 16
+    if not keep:
+        warp += 16 * 136 * 2 if half else 16 * TILE
+    if not option.query_in_registers:
+        warp += 16 * Dp
+    shared = block + option.warps * warp
+    macros = {
+        "INTFA_DP": Dp,
+        "INTFA_WARPS": option.warps,
+        "INTFA_BUFFERS": option.buffers,
+        "INTFA_QUERY_IN_REGISTERS": int(option.query_in_registers),
+        "INTFA_KEEP_SCORES": int(keep),
+        "INTFA_MIN_BLOCKS": option.min_blocks,
+        "INTFA_SMEM": shared,
+        "INTFA_P_LEVELS": recipe.p_levels,
+        "INTFA_P_SIGNED": int(recipe.p_format == "int8"),
+        "INTFA_P_RUNNING": int(recipe.p_max == "running"),
+        "INTFA_K_SCALE": K_SCALES[recipe.k_granularity],
+        "INTFA_V_FOLDED": int(recipe.folded_v),
+        "INTFA_HALF_PV": int(half),
+    }
+    return Tile("wmma", 16 * option.warps, 32 * option.warps, shared, tuple(macros.items()))
+
+
+def _wmma_missing(recipe: Recipe) -> Iterator[str]:
+    yield from _int8_qk_missing(recipe, ("token", "group", "tile"))
+    if recipe.v_format not in ("int8", "fp16"):
+        yield f"V in {recipe.v_format} (has int8, fp16)"
+    if recipe.v_format == "fp16" and recipe.p_max != "running":
+        yield "fp16 P against the tile's maximum (has the running one)"
+
+
+def _wmma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
+    return [_wmma_tile(recipe, Dp, option) for option in _WMMA[Dp]]
+
+
+# --- wgmma --------------------------------------------------------------------------------------------------------
+
+
+def _wgmma_missing(recipe: Recipe) -> Iterator[str]:
+    yield from _int8_qk_missing(recipe, ("token", "group"))
+    if recipe.v_format != "int8":
+        yield f"V in {recipe.v_format} (has int8)"
+    if recipe.folded_v and recipe.k_granularity != "token":
+        yield f"folded V with K's scale per {recipe.k_granularity} (has token)"
+
+
+def _wgmma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
+    stages = {64: 8, 128: 5, 256: 2}[Dp]
+    group = recipe.k_granularity == "group"
+    aux = (16 if group else 4 * TILE) + (8 * TILE if recipe.folded_v else 0)
+    shared = 256 * Dp * (1 + stages) + stages * aux + 1024 + 16 * Dp + 256 + 8 * (4 * stages + 12)
+    macros = {
+        "DP": Dp,
+        "K_SCALE": K_SCALES[recipe.k_granularity],
+        "V_FOLDED": int(recipe.folded_v),
+        "P_TILE_MAX": int(recipe.p_max == "tile"),
+        "P_LEVELS": recipe.p_levels,
+        "STAGES": stages,
+    }
+    return [Tile("wgmma", 128, 384, shared, tuple(macros.items()), persistent=True)]
+
+
+# --- choosing -----------------------------------------------------------------------------------------------------
+
+
+def _int8_qk_missing(recipe: Recipe, k_granularities: tuple[str, ...]) -> Iterator[str]:
+    for which in ("q", "k"):
+        if (fmt := getattr(recipe, f"{which}_format")) != "int8":
+            yield f"{which.upper()} in {fmt} (has int8)"
+    if recipe.q_granularity != "token":
+        yield f"Q's scale per {recipe.q_granularity} (has token)"
+    if recipe.k_granularity not in k_granularities:
+        yield f"K's scale per {recipe.k_granularity} (has {', '.join(k_granularities)})"
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    tiles: Callable[[Recipe, int], list[Tile]]
+    missing: Callable[[Recipe], Iterator[str]]
+    architectures: tuple[str, ...]  # that it is compiled and tested for
+
+
+_KERNELS = {
+    "wgmma": _Kernel(_wgmma_tiles, _wgmma_missing, ("sm_90a",)),
+    "wmma": _Kernel(
+        _wmma_tiles,
+        _wmma_missing,
+        ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120"),
+    ),
+}
+#: Bytes of shared memory that one block may use, by architecture.
+SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+
+def device_problem(name: str, device: Device) -> str | None:
+    """Return why a device cannot run a kernel at all, or None."""
+    if name not in _KERNELS:
+        return "this build has no such kernel"
+    if name == "wgmma" and device.capability != 90:
+        return f"needs compute capability 9.0 (Hopper); {device.name} has {device.capability / 10:.1f}"
+    if device.capability < 75:
+        return f"needs compute capability 7.5 or later; {device.name} has {device.capability / 10:.1f}"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _choose(name: str, recipe: Recipe, Dp: int, device: Device) -> tuple[Tile | None, str | None]:
+    reason = device_problem(name, device)
+    if reason is not None:
+        return None, reason
+    missing = list(_KERNELS[name].missing(recipe))
+    if missing:
+        return None, "lacks " + "; ".join(missing)
+    tiles = _KERNELS[name].tiles(recipe, Dp)
+    for tile in tiles:
+        if tile.shared_memory <= device.shared_memory:
+            return tile, None
+    least = min(tile.shared_memory for tile in tiles)
+    return (
+        None,
+        f"needs {least:,} bytes of shared memory per block; {device.name} allows {device.shared_memory:,}",
+    )
+
+
+def find(name: str, problem: Problem, device: Device) -> tuple[Tile | None, str | None]:
+    """Return the tile that a kernel serves a problem with on a device, or why it does not.
+
+    Parameters
+    ----------
+    name : str
+        Kernel: a key of :data:`DESCRIPTION`.
+    problem : Problem
+    device : Device
+
+    Returns
+    -------
+    tile : Tile or None
+    reason : str or None
+        What is missing, with what there is; None if there is a tile.
+    """
+    tile, reason = _choose(name, problem.recipe, padded_head_dim(problem.D), device)
+    if tile is None:
+        return None, reason
+    blocks = problem.B * problem.H * -(-problem.Sq // tile.rows)
+    if blocks > _MAX_BLOCKS or max(problem.Sq, problem.Sk) >= 2**30:
+        return (
+            None,
+            f"needs {blocks:,} blocks for Sq = {problem.Sq}, Sk = {problem.Sk}; the limits are 2^31 and 2^30",
+        )
+    return tile, None
+
+
+def variants(name: str, recipe: Recipe, arch: str) -> list[Tile]:
+    """Return every tile of a kernel that an architecture can run for a recipe, one list for all head dimensions."""
+    kernel = _KERNELS[name]
+    if arch not in kernel.architectures or any(True for _ in kernel.missing(recipe)):
+        return []
+    limit = SHARED_MEMORY[int(arch.removeprefix("sm_").rstrip("a"))] * 1024
+    return [tile for Dp in (64, 128, 256) for tile in kernel.tiles(recipe, Dp) if tile.shared_memory <= limit]

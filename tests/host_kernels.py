@@ -1,0 +1,124 @@
+"""The attention kernels on the host shim: operands in the packed format, launches, results as arrays."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import cpu_cuda
+import ml_dtypes
+import numpy as np
+
+from intfa_cupy import QuantizedQKV, gpu, model, packing
+from intfa_cupy.kernel_source import source_dir
+from intfa_cupy.problem import Problem
+from intfa_cupy.quantized import TILE, tiles_of
+from intfa_cupy.tiles import Tile
+
+UNBOUNDED = 2**31 - 1
+
+
+def pad_keys(x: np.ndarray, tiles: int) -> np.ndarray:
+    """Pad (B, Hkv, Sk, ...) with zeros to whole tiles."""
+    out = np.zeros((*x.shape[:2], tiles * TILE, *x.shape[3:]), x.dtype)
+    out[:, :, : x.shape[2]] = x
+    return out
+
+
+def packed_operands(qkv: QuantizedQKV) -> dict[str, np.ndarray | None]:
+    """Everything that an attention kernel reads, in the packed format, by the names of AttentionParams."""
+    recipe = qkv.recipe
+    B, Hkv, Sk, D = qkv.k.shape
+    Dp, tiles = packing.padded_head_dim(D), tiles_of(Sk)
+    k_scale = pad_keys(qkv.k.scale, tiles) if recipe.k_granularity == "token" else qkv.k.scale
+    if recipe.v_format == "fp16":
+        v = pad_keys(np.pad(qkv.v.values, ((0, 0),) * 3 + ((0, Dp - D),)), tiles)
+    else:
+        v = packing.pack_v(qkv.v.values)
+    v_scale, v_fold = np.zeros((B, Hkv, Dp), np.float32), None
+    if recipe.folded_v:
+        with np.errstate(invalid="ignore"):
+            largest = qkv.v.scale.max(axis=2, keepdims=True, initial=0)
+            v_fold = pad_keys(np.stack([np.log2(qkv.v.scale / largest), largest / qkv.v.scale], -1), tiles)
+        v_scale[:] = largest
+    elif recipe.v_granularity == "channel":
+        v_scale[..., :D] = qkv.v.scale
+    else:
+        v_scale[:] = qkv.v.scale[..., None]
+    return {
+        "q": packing.pack_q(qkv.q.values),
+        "q_scale": qkv.q.scale,
+        "k": packing.pack_k(qkv.k.values),
+        "k_scale": k_scale,
+        "v": v,
+        "v_scale": v_scale,
+        "v_fold": v_fold,
+        "guard": model.guard(qkv),
+        "lse_shift": qkv.lse_shift,
+    }
+
+
+def attention_request(tile: Tile, out_dtype: str, source: str | None = None) -> dict[str, Any]:
+    """Arguments of `cpu_cuda.build` for a tile's kernel; ``source`` replaces the kernel's own."""
+    return {
+        "source": source or source_dir() / f"{tile.entry}.cu",
+        "defines": tile.defines(out_dtype),
+        "entries": (tile.entry,),
+        "include": (source_dir(),),
+    }
+
+
+@functools.cache
+def _module(tile: Tile, out_dtype: str) -> cpu_cuda.Module:
+    return cpu_cuda.build(**attention_request(tile, out_dtype))
+
+
+def attention(
+    operands: Mapping[str, np.ndarray | None],
+    problem: Problem,
+    tile: Tile,
+    order: Any = "ascending",
+    out_strides: tuple[int, ...] | None = None,
+    return_lse: bool = True,
+    module: cpu_cuda.Module | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Launch an attention kernel and return out (B, H, Sq, D) in the problem's dtype and lse (B, H, Sq).
+
+    Parameters
+    ----------
+    operands : mapping
+        As `packed_operands` returns them.
+    out_strides : tuple of int, optional
+        Of out, in elements.
+    module : Module, optional
+        A kernel other than the source's own.
+    """
+    B, H, Sq, D = problem.B, problem.H, problem.Sq, problem.D
+    module = module or _module(tile, problem.out_dtype)
+    dtype = np.dtype(getattr(ml_dtypes, problem.out_dtype, problem.out_dtype))
+    strides = (H * Sq * D, Sq * D, D, 1) if out_strides is None else out_strides
+    buffers = {name: cpu_cuda.array(x, name) for name, x in operands.items() if x is not None}
+    out = cpu_cuda.empty((B, H, Sq, D), dtype, "out", [s * dtype.itemsize for s in strides])
+    lse = cpu_cuda.empty((B, H, Sq), np.float32, "lse") if return_lse else None
+    params = np.zeros((), gpu.ATTENTION_PARAMS)
+    for name, buffer in buffers.items():
+        params[name] = buffer.pointer
+    params["out"], params["lse"] = out.pointer, 0 if lse is None else lse.pointer
+    for name, stride in zip(("out_batch", "out_head", "out_row", "out_channel"), strides, strict=True):
+        params[name] = stride
+    row_blocks = -(-Sq // tile.rows)
+    sizes = {
+        "batches": B, "heads": H, "kv_heads": problem.Hkv, "queries": Sq, "keys": problem.Sk, "channels": D,
+        "tiles": tiles_of(problem.Sk), "row_blocks": row_blocks,
+        "left": problem.left if problem.left >= 0 else UNBOUNDED,
+        "right": problem.right if problem.right >= 0 else UNBOUNDED,
+        "scale": problem.scale, "scale_log2": problem.scale * math.log2(math.e),
+    }  # fmt: skip
+    for name, size in sizes.items():
+        params[name] = size
+    module.launch(tile.entry, B * H * row_blocks, tile.threads, [params[()]], tile.shared_memory, order)
+    assert out.written().all(), "elements of out were left unwritten"
+    assert lse is None or lse.written().all(), "elements of lse were left unwritten"
+    return out.numpy(), None if lse is None else lse.numpy()

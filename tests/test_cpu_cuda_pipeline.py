@@ -1,0 +1,240 @@
+"""quantize.cu and the launches of intfa_cupy/gpu.py on the host shim: the public functions on a fake device.
+
+The quantisation kernels are bit-equal to the NumPy quantiser given the same statistics of a sequence, whose
+sums they form in another order; the whole call is compared with the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cpu_cuda
+import fake_cupy
+import numpy as np
+import pytest
+import strategies as sts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cpu_cuda_kernels import check_against_model
+
+import intfa_cupy as intfa
+from intfa_cupy import QuantizedQKV, Recipe, model, packing
+from intfa_cupy.quantize import HeadStatistics, head_statistics, quantize_numpy
+
+pytestmark = pytest.mark.skipif(cpu_cuda.unavailable() is not None, reason=str(cpu_cuda.unavailable()))
+
+ORDERS = ("ascending", "descending")
+R = intfa.recipes()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the quantisation kernels are compiled for."""
+
+    recipe: Recipe
+    D: int
+    dtype: str
+
+    def __repr__(self) -> str:
+        recipe = self.recipe
+        if recipe.name != "custom":
+            return f"{recipe.name}-{self.D}-{self.dtype}"
+        steps = "".join(x[0] for x in ("smooth_k", "equalize", "hadamard") if getattr(recipe, x))
+        return f"{recipe.k_granularity}-{recipe.v_granularity}-{steps}-{self.D}-{self.dtype}"
+
+
+# Every input type, granularity, step of preparation and kind of D: powers of two, sums of them, odd, tiny.
+VARIANTS = [
+    Variant(R["int8"], 64, "float16"),
+    Variant(R["int8"], 80, "float32"),
+    Variant(R["int8"], 1, "float32"),
+    Variant(R["int8-fast"], 128, "bfloat16"),
+    Variant(R["int8-fast"], 63, "float32"),
+    Variant(R["paper-int8"], 33, "float16"),
+    Variant(R["paper-int8"], 64, "bfloat16"),
+    Variant(R["half-int8"], 96, "float32"),
+    Variant(R["half-int8-plus"], 256, "float16"),
+    Variant(Recipe(k_granularity="tile", v_granularity="head", smooth_k=True), 192, "float32"),
+    Variant(Recipe(k_granularity="token", v_granularity="channel", equalize=True), 40, "float16"),
+    Variant(Recipe(k_granularity="group", v_granularity="token", hadamard=True), 129, "bfloat16"),
+]
+# Those whose attention kernels are compiled too.
+WHOLE_CALLS = [VARIANTS[i] for i in (0, 3, 5, 8, 9)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def build_all_kernels() -> None:
+    """Compile on all cores; the tests then find the libraries in the cache."""
+    cpu_cuda.build_all(
+        [fake_cupy.quantizer_request(v.recipe, v.D, v.dtype) for v in VARIANTS]
+        + [fake_cupy.attention_request(v.recipe, v.D, v.dtype) for v in WHOLE_CALLS]
+    )
+
+
+def cases_of(variant: Variant, **options: Any) -> st.SearchStrategy[sts.Case]:
+    lengths = (1, 2, 31, 33, 64, 100, 127, 128, 129, 257, 300, 520)
+    return sts.cases(lengths=lengths, head_dims=(variant.D,), dtypes=(variant.dtype,), max_heads=3, **options)
+
+
+def quantize_both_orders(case: sts.Case, variant: Variant, inputs: sts.Arrays) -> QuantizedQKV:
+    """Quantise on the stand-in device in both orders of warps; the results must agree to the bit."""
+    runs = []
+    for order in ORDERS:
+        with fake_cupy.installed(order=order):
+            arrays = [fake_cupy.strided(x) for x in inputs]
+            runs.append(intfa.quantize_qkv(*arrays, recipe=variant.recipe, layout=case.layout))
+    first, second = ({name: x.get() for name, x in run.extra["operands"].items()} for run in runs)
+    for name in first:
+        assert first[name].tobytes() == second[name].tobytes(), f"{name} depends on the order of warps"
+    return runs[0]
+
+
+def statistics_of(qkv: QuantizedQKV) -> dict[tuple[int, int], HeadStatistics]:
+    """What the kernels found for each key/value head."""
+    made = qkv.extra["operands"]
+    B, Hkv, _, D = qkv.k.shape
+    mean = made["k_mean"].get() if "k_mean" in made else np.zeros((B, Hkv, D), np.float32)
+    factor = made["equalizer"].get()[:, :, 0] if "equalizer" in made else np.ones((B, Hkv, D), np.float32)
+    return {(b, h): HeadStatistics(mean[b, h, :D], factor[b, h, :D]) for b in range(B) for h in range(Hkv)}
+
+
+def assert_packed_equal(got: QuantizedQKV, want: QuantizedQKV) -> None:
+    """Compare what the kernels wrote with the NumPy quantiser's: integers, scales, padding, marks."""
+    made = {name: x.get() for name, x in got.extra["operands"].items()}
+    host = packing.to_host(got)
+    marks = np.isnan(model.guard(want))
+    np.testing.assert_array_equal(np.isnan(made["guard"]), marks)
+    assert (np.isnan(made["guard"]) | (made["guard"] == 0)).all()
+    for name in ("q", "k", "v"):
+        one, other = getattr(host, name), getattr(want, name)
+        sound = np.full(other.shape[:2], True) if name == "q" else ~marks
+        assert one.values.dtype == other.values.dtype
+        np.testing.assert_array_equal(one.values[sound], other.values[sound], err_msg=f"{name}")
+        np.testing.assert_array_equal(one.scale[sound], other.scale[sound], err_msg=f"{name}'s scale")
+    # Padding is zero: it takes part in products, or hides behind a mask only where it is finite.
+    np.testing.assert_array_equal(made["q8"], packing.pack_q(host.q.values))
+    np.testing.assert_array_equal(made["k8"], packing.pack_k(host.k.values))
+    if got.recipe.v_format == "int8":
+        np.testing.assert_array_equal(made["v8"], packing.pack_v(host.v.values))
+    else:
+        padding = made["v8"].copy()
+        padding[:, :, : want.v.shape[2], : want.v.shape[3]] = 0
+        assert not padding.any()
+    assert np.isfinite(made["k_scale"][~marks]).all()
+    if want.recipe.folded_v:
+        S = want.v.shape[2]
+        scale = want.v.scale[~marks]
+        largest = scale.max(axis=1, keepdims=True)
+        fold = made["v_fold"][~marks]
+        assert np.isfinite(fold).all()
+        np.testing.assert_allclose(fold[:, :S, 0], np.log2(scale / largest), rtol=2e-6, atol=2e-7)
+        np.testing.assert_array_equal(fold[:, :S, 1], largest / scale)
+        np.testing.assert_array_equal(
+            made["v_scale"][~marks], np.broadcast_to(largest, made["v_scale"][~marks].shape)
+        )
+
+
+@settings(max_examples=60)
+@given(data=st.data(), variant=st.sampled_from(VARIANTS))
+def test_quantizer_is_bit_equal(data: st.DataObject, variant: Variant) -> None:
+    """Any shape, strides and distribution: the integers and scales of the NumPy quantiser, and its layout."""
+    case = data.draw(cases_of(variant, masks=False))
+    q, k, v = case.logical()
+    got = quantize_both_orders(case, variant, case.arrays())
+    statistics = statistics_of(got)
+    want = quantize_numpy(q, k, v, variant.recipe, statistics=statistics)
+    assert_packed_equal(got, want)
+    group = case.H // case.Hkv
+    for (b, h), found in statistics.items():
+        heads, key = q[b, h * group : (h + 1) * group].astype(np.float32), k[b, h].astype(np.float32)
+        expected = head_statistics(heads, key, variant.recipe)
+        # A sum in another order, rounded to bfloat16.
+        slack = 2.0**-20 * np.abs(key).max(axis=0)
+        assert (np.abs(found.mean - expected.mean) <= 2.0**-7 * np.abs(expected.mean) + slack).all()
+        if np.array_equal(found.mean, expected.mean):
+            np.testing.assert_allclose(found.factor, expected.factor, rtol=2.0**-7)
+    if want.lse_shift is not None:
+        size = np.abs(q.astype(np.float64)).max(initial=0) * max(
+            np.abs(s.mean).max() for s in statistics.values()
+        )
+        np.testing.assert_allclose(
+            packing.to_host(got).lse_shift, want.lse_shift, rtol=1e-5, atol=1e-5 * size
+        )
+
+
+@pytest.mark.parametrize("operand", ["q", "k", "v"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=repr)
+def test_quantizer_marks_what_is_not_finite(variant: Variant, operand: str) -> None:
+    bad = (np.nan, np.inf, -np.inf)[VARIANTS.index(variant) % 3]
+    case = sts.Case(B=2, H=4, Hkv=2, Sq=150, Sk=140, D=variant.D, dtype=variant.dtype)
+    q, k, v = (x.copy() for x in case.logical())
+    {"q": q, "k": k, "v": v}[operand][1, 1, 131, -1] = bad
+    got = quantize_both_orders(case, variant, (q, k, v))
+    want = quantize_numpy(q, k, v, variant.recipe, statistics=statistics_of(got))
+    assert_packed_equal(got, want)
+    nan_rows = np.isnan(packing.to_host(got).q.scale)
+    assert nan_rows[1, 1, 131] == (operand == "q") and nan_rows.sum() == (operand == "q")
+
+
+@settings(max_examples=30)
+@given(data=st.data(), variant=st.sampled_from(WHOLE_CALLS))
+def test_whole_call(data: st.DataObject, variant: Variant) -> None:
+    """Quantise and attend through the public functions, with any shape, mask and strides."""
+    case = data.draw(cases_of(variant, distributions=[d for d in sts.DISTRIBUTIONS if d != "huge"]))
+    inputs = case.arrays()
+    with fake_cupy.installed() as cupy:
+        arrays = [fake_cupy.strided(x) for x in inputs]
+        kernel = {"recipe": variant.recipe, "backend": "wmma"}
+        qkv = packing.to_host(intfa.quantize_qkv(*arrays, recipe=variant.recipe, layout=case.layout))
+        out, lse = intfa.attention(*arrays, **kernel, **case.call, return_lse=True)
+        assert isinstance(out, cupy.ndarray) and out.shape == inputs[0].shape and out.dtype == inputs[0].dtype
+        # Into the caller's memory, as strided as q.
+        target = fake_cupy.strided(inputs[0], written=False)
+        if case.storage != "broadcast":
+            assert intfa.attention(*arrays, **kernel, **case.call, out=target) is target
+            np.testing.assert_array_equal(target.get(), out.get())
+        out, lse = case.logical_again(out.get()), lse.get().reshape(case.B, case.H, case.Sq)
+    check_against_model(qkv, case, case.problem(variant.recipe), out, lse)
+
+
+@pytest.mark.parametrize("variant", WHOLE_CALLS, ids=repr)
+def test_host_arrays_go_through_the_device(variant: Variant) -> None:
+    """NumPy in, NumPy out, with a backend asked for by name; plain quantised inputs are uploaded."""
+    case = sts.Case(Sq=70, Sk=150, D=variant.D, dtype=variant.dtype, is_causal=True)
+    q, k, v = case.logical()
+    options = {"is_causal": True, "return_lse": True, "backend": "wmma"}
+    with fake_cupy.installed():
+        out, lse = intfa.attention(q, k, v, recipe=variant.recipe, **options)
+        plain = quantize_numpy(q, k, v, variant.recipe)
+        again, _ = intfa.attention_quantized(plain, **options)
+    assert type(out) is np.ndarray and type(again) is np.ndarray and out.dtype == q.dtype
+    problem = case.problem(variant.recipe)
+    check_against_model(plain, case, problem, again, lse, same_rows=0.0)
+    check_against_model(plain, case, problem, out, lse, same_rows=0.0)
+
+
+@pytest.mark.parametrize(("Sq", "Sk"), [(0, 5), (5, 0), (0, 0)])
+def test_empty_calls(Sq: int, Sk: int) -> None:
+    variant = WHOLE_CALLS[0]
+    case = sts.Case(B=2, Sq=Sq, Sk=Sk, D=variant.D, dtype=variant.dtype)
+    with fake_cupy.installed():
+        arrays = [fake_cupy.asarray(x) for x in case.logical()]
+        out, lse = intfa.attention(*arrays, recipe=variant.recipe, return_lse=True)
+        assert out.shape == (2, 2, Sq, variant.D) and not out.get().any()
+        assert lse.shape == (2, 2, Sq) and np.isneginf(lse.get()).all()
+
+
+def test_smaller_devices_get_smaller_tiles() -> None:
+    """A device with Turing's 64 KiB of shared memory takes other tiles, with the same result."""
+    variant = WHOLE_CALLS[1]
+    case = sts.Case(Sq=70, Sk=300, D=variant.D, dtype=variant.dtype)
+    results, used = [], []
+    for capability, shared_memory in ((80, 163 * 1024), (75, 64 * 1024)):
+        with fake_cupy.installed(capability, shared_memory):
+            arrays = [fake_cupy.asarray(x) for x in case.logical()]
+            used.append(intfa.explain(*arrays, recipe=variant.recipe).tile.shared_memory)
+            results.append(intfa.attention(*arrays, recipe=variant.recipe).get())
+            assert used[-1] <= shared_memory
+    assert used[0] > used[1]
+    np.testing.assert_array_equal(*results)
