@@ -242,3 +242,120 @@ def info(
         for label, text in rows:
             for i, line in enumerate(text.splitlines() or [""]):
                 typer.echo(f"  {'' if i else label:<{width}}  {line}")
+
+
+@app.command()
+def bench(
+    head_dim: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--head-dim",
+            "-d",
+            metavar="D",
+            help="Repeatable; 64, 128 and 256 by default.",
+            show_default=False,
+        ),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--length",
+            "-n",
+            metavar="N",
+            help="Repeatable; 1024, 4096 and 16384 by default.",
+            show_default=False,
+        ),
+    ] = None,
+    causal: Annotated[
+        bool | None,
+        typer.Option(
+            "--causal/--no-causal", help="Only causal or only full; both by default.", show_default=False
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens in all: the batch is tokens / N.")] = 16384,
+    hidden: Annotated[int, typer.Option(min=1, help="Heads times head dimension.")] = 2048,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="B,H,N,D[,causal]", help="Shapes of your own, repeatable, instead.", show_default=False
+        ),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's shapes instead: B4 H32 d64, 1k to 16k.")
+    ] = False,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="NAME",
+            help="Repeatable; int8-fast, int8 and paper-int8 by default.",
+            show_default=False,
+        ),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="NAME",
+            help="A kernel, repeatable; what auto takes by default.",
+            show_default=False,
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="Launches per figure.")] = 30,
+    no_peers: Annotated[bool, typer.Option("--no-peers", help="Leave torch's attention out.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw it.", show_default=False)
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Also write it as JSON; - is standard output.", show_default=False
+        ),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep it in the package as the recorded run (in a checkout).")
+    ] = False,
+) -> None:
+    """Time the kernels beside torch's cuDNN and FlashAttention-2, in one run on this GPU."""
+    from . import bench as work
+    from . import bench_report, records
+    from .recipes import recipes
+
+    names = recipe or ["int8-fast", "int8", "paper-int8"]
+    for name in names:
+        if name not in recipes():
+            _fail(f"--recipe must be one of {', '.join(recipes())}; got {name!r}")
+    try:
+        if shape:
+            shapes = [bench_report.shape_from_text(text) for text in shape]
+        elif paper:
+            shapes = list(work.PAPER_SHAPES)
+        else:
+            masks = (False, True) if causal is None else (causal,)
+            lengths = length or (1024, 4096, 16384)
+            shapes = list(work.equal_token_shapes(head_dim or (64, 128, 256), lengths, masks, tokens, hidden))
+        chosen = None if not backend else _chosen_backends(backend)
+        result = work.bench(
+            shapes, names, backends=chosen, peers=not no_peers, repeats=repeats,
+            progress=lambda what: typer.echo(what, err=True),
+        )  # fmt: skip
+    except ValueError as error:
+        _fail(str(error))
+    except work.BenchUnavailable as error:
+        last = records.freshness("bench")
+        _fail(f"{error}. Last recorded run: {last}")
+    if json_file != _STDOUT:
+        from .tables import stdout_console
+
+        bench_report.print_bench(stdout_console(), result)
+    if json_file is not None:
+        _write_json(json_file, result.as_dict())
+    if record:
+        typer.echo(f"recorded: {records.save('bench', result.as_dict())}", err=True)
+    if plot is not None:
+        from . import plots
+
+        plots.save(bench_report.bench_figure(result), plot)
+        typer.echo(f"drawn: {plot}", err=True)
