@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from . import __version__
+from . import __version__, records
 from .dispatch import backends
 from .probe import Probe, probe
 
@@ -42,6 +42,7 @@ def collect() -> tuple[dict[str, Any], Probe]:
             name: {"available": status.available, "reason": status.reason}
             for name, status in backends().items()
         },
+        "recorded": {name: records.freshness(name) for name in records.NAMES},
         "machine": found.as_dict(),
     }
     return document, found
@@ -87,5 +88,6 @@ def report(document: dict[str, Any], found: Probe) -> list[tuple[str, list[tuple
             ],
         ),
         ("Compiler", compiler),
+        ("Recorded on a GPU", list(document["recorded"].items())),
         ("Packages", [("python", f"{found.python} on {found.platform}"), *document["packages"].items()]),
     ]

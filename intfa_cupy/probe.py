@@ -107,7 +107,7 @@ def probe() -> Probe:
             return function()
         except Exception as error:  # a broken install can raise anything
             text = str(error).strip() or "no message"
-            known = isinstance(error, cuda_env.CompilerNotFoundError)
+            known = isinstance(error, (cuda_env.CompilerNotFoundError, RuntimeError))
             reasons[name] = text if known else f"{type(error).__name__}: {text}"
             return None
 
@@ -169,7 +169,10 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def _driver() -> str:
-    text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    version = Path("/proc/driver/nvidia/version")
+    if not version.is_file():
+        raise RuntimeError("no NVIDIA driver is loaded")
+    text = version.read_text(encoding="utf-8", errors="replace")
     match = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
     if match is None:
         raise RuntimeError("no version in /proc/driver/nvidia/version")

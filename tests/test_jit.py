@@ -733,7 +733,7 @@ def test_package_finds_its_sources(tmp_path: Path) -> None:
 
     def found() -> str:
         env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        run = [sys.executable, "-c", code]
+        run = [sys.executable, "-S", "-c", code]  # -S: without what an editable install adds
         result = subprocess.run(run, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
         return result.stdout.strip() or result.stderr.strip().split("\n")[-1]
 
