@@ -58,6 +58,8 @@ constexpr bool kRunning = INTFA_P_RUNNING;
 constexpr int kKeyScale = INTFA_K_SCALE;
 constexpr bool kQueryChannelScale = INTFA_Q_CHANNEL_SCALE;  // Q has a scale per token and 32 channels (4-bit Q)
 constexpr bool kFolded = INTFA_V_FOLDED;
+constexpr int kFence = INTFA_FENCE;                      // 1: of Q K^T, 2: of P V, 3: of both: keep loads in their block,
+                                                         // which takes fewer registers and overlaps less
 using Out = Element<INTFA_OUT>;
 
 constexpr int kRowsPerWarp = 16 * kM;
@@ -69,6 +71,8 @@ constexpr bool kInteger = kKeyFormat == kInt8 || kKeyFormat == kInt4;
 constexpr bool kGrouped = kKeyScale == kScaleChannel;    // summed in float over groups of 32 channels
 // One scale covers all keys of a thread: scores stay integers until the exponent.
 constexpr bool kRaw = kInteger && (kKeyScale == kScaleGroup || kKeyScale == kScaleTile);
+// Integer products start at kIntegerMagic and need no conversion, unless registers are short.
+constexpr bool kMagic = kRaw || Dp < 256;
 constexpr bool kTokenScale = kKeyScale == kScaleToken;
 constexpr bool kIntegerP = kValueFormat == kInt8;
 constexpr bool kWideV = kValueFormat == kHalf || kValueFormat == kBrain;
@@ -99,11 +103,8 @@ constexpr int kKeyWidth = kKeyRowBytes < 128 ? kKeyRowBytes : 128;  // of a row 
 constexpr int kKeyBytes = kTileKeys * kKeyRowBytes;              // of a tile
 constexpr int kValueBytes = kTileKeys * Dp * format_bits(kValueFormat) / 8;
 constexpr int kGroups = Dp / 32;                                 // of channels
-constexpr int kScaleBytes = kTokenScale ? 4 * kTileKeys                // of a tile
-                          : kGrouped    ? 4 * kTileKeys * kGroups
-                          : kKeyScale == kScaleGroup ? 16
-                          : kKeyScale == kScaleTile  ? 4 : 0;
-constexpr int kAuxBytes = (kScaleBytes + 15) / 16 * 16 + (kFolded ? 8 * kTileKeys : 0);
+constexpr int kScaleBytes = kTokenScale ? 4 * kTileKeys : kGrouped ? 4 * kTileKeys * kGroups : 0;  // of a tile
+constexpr int kAuxBytes = kScaleBytes + (kFolded ? 8 * kTileKeys : 0);
 
 struct Map {
     static constexpr int key = 0;
@@ -150,73 +151,73 @@ struct Item {
 
 // --- copies ------------------------------------------------------------------------------------------------------
 
+// For large heads registers are short, and the thread's number is read again for every tile.
+__device__ __forceinline__ uint32 copier() { return Dp == 256 ? thread_now() : threadIdx.x; }
+
 template <int bytes>
 __device__ __forceinline__ void copy_linear(uint32 shared, const void* global) {
-    static_assert(bytes % 16 == 0 || bytes == 4, "copies are 16 bytes wide");
-    if (bytes == 4) {
-        if (threadIdx.x == 0) copy4_async(shared, global);
-        return;
-    }
-    const char* const source = static_cast<const char*>(global) + threadIdx.x * 16;
-    const uint32 target = shared + threadIdx.x * 16;
+    static_assert(bytes % 16 == 0, "copies are 16 bytes wide");
+    const uint32 thread = copier();
+    const char* const source = static_cast<const char*>(global) + thread * 16;
+    const uint32 target = shared + thread * 16;
 #pragma unroll
     for (int i = 0; i < bytes / 16; i += kThreads)
-        if (i + kThreads <= bytes / 16 || static_cast<int>(threadIdx.x) < bytes / 16 - i)
+        if (i + kThreads <= bytes / 16 || thread < bytes / 16 - i)
             copy16_async(target + i * 16, source + i * 16);
 }
 
 // Plain rows of 16-bit V into slabs of 64 channels, 128 keys of 128 bytes each, swizzled.
 __device__ __forceinline__ void copy_wide_value(uint32 shared, const void* global) {
-    constexpr int chunks = Dp / 8;  // of 16 bytes per row
-    const char* const source = static_cast<const char*>(global);
+    constexpr int chunks = Dp / 8;           // of 16 bytes per row
+    constexpr int rows = kThreads / chunks;  // at a time
+    static_assert(rows % 4 == 0 && kTileKeys % rows == 0, "all threads copy, and see two swizzles at most");
+    const uint32 thread = copier();
+    const uint32 row = thread / chunks;
+    const uint32 chunk = thread % chunks;
+    const char* const source = static_cast<const char*>(global) + thread * 16;
+    const uint32 target = shared + chunk / 8 * (kTileKeys * 128) + row * 128 + ((chunk % 8 ^ row % 8) << 4);
 #pragma unroll
-    for (int i = 0; i < kTileKeys * chunks; i += kThreads) {
-        const int index = i + threadIdx.x;
-        const int row = index / chunks;
-        const int chunk = index % chunks;
-        if (i + kThreads <= kTileKeys * chunks || index < kTileKeys * chunks)
-            copy16_async(shared + chunk / 8 * (kTileKeys * 128) + row * 128 + ((chunk % 8 ^ row % 8) << 4),
-                         source + index * 16);
-    }
+    for (int i = 0; i < kTileKeys / rows; ++i)
+        copy16_async((target ^ i * rows % 8 << 4) + i * (rows * 128), source + i * (kThreads * 16));
 }
 
-// Copies tile after tile.
 struct Tiles {
-    const char* key;
-    const char* value;
-    const char* scale;
-    const char* fold;
+    const AttentionParams& p;
     uint32 shared;
+    int first;  // index of the head's first tile
 
-    __device__ __forceinline__ Tiles(const AttentionParams& p, uint32 shared_, int64 tile)
-        : key(reinterpret_cast<const char*>(p.k) + tile * kKeyBytes),
-          value(static_cast<const char*>(p.v) + tile * kValueBytes),
-          scale(reinterpret_cast<const char*>(p.k_scale) + tile * kScaleBytes),
-          fold(reinterpret_cast<const char*>(p.v_fold) + tile * (8 * kTileKeys)),
-          shared(shared_) {}
-
-    // The next tile of K and, to the buffer of its parity, the scales of its softmax.
-    __device__ __forceinline__ void copy_key(int buffer, int parity) {
-        copy_linear<kKeyBytes>(shared + Map::key + buffer * kKeyBytes, key);
-        key += kKeyBytes;
+    // Tile of K and, to the buffer of its parity, the scales of its softmax.
+    __device__ __forceinline__ void copy_key(int tile, int buffer, int parity) const {
+        const int64 index = first + tile;
+        copy_linear<kKeyBytes>(shared + Map::key + buffer * kKeyBytes,
+                               reinterpret_cast<const char*>(p.k) + index * kKeyBytes);
         const uint32 aux = shared + Map::aux + parity * kAuxBytes;
-        if (kScaleBytes > 0) {
-            copy_linear<kScaleBytes>(aux, scale);
-            scale += kScaleBytes;
-        }
-        if (kFolded) {
-            copy_linear<8 * kTileKeys>(aux + kScaleBytes, fold);
-            fold += 8 * kTileKeys;
-        }
+        if constexpr (kScaleBytes > 0)
+            copy_linear<kScaleBytes>(aux, reinterpret_cast<const char*>(p.k_scale) + index * kScaleBytes);
+        if constexpr (kFolded)
+            copy_linear<8 * kTileKeys>(aux + kScaleBytes,
+                                       reinterpret_cast<const char*>(p.v_fold) + index * (8 * kTileKeys));
     }
-    __device__ __forceinline__ void copy_value(int buffer) {
-        if (kWideV)
-            copy_wide_value(shared + Map::value + buffer * kValueBytes, value);
+    // K's scale of the thread's keys, where they share one.
+    __device__ __forceinline__ float scale_of(int tile) const {
+        const int64 index = first + tile;
+        if (kKeyScale == kScaleGroup) return p.k_scale[index * 4 + copier() % 4];
+        if (kKeyScale == kScaleTile) return p.k_scale[index];
+        return 1.0f;
+    }
+    __device__ __forceinline__ void copy_value(int tile, int buffer) const {
+        const char* const source = static_cast<const char*>(p.v) + static_cast<int64>(first + tile) * kValueBytes;
+        if constexpr (kWideV)
+            copy_wide_value(shared + Map::value + buffer * kValueBytes, source);
         else
-            copy_linear<kValueBytes>(shared + Map::value + buffer * kValueBytes, value);
-        value += kValueBytes;
+            copy_linear<kValueBytes>(shared + Map::value + buffer * kValueBytes, source);
     }
 };
+
+// Loads from shared memory do not move over it.
+__device__ __forceinline__ void fence(int product) {
+    if (kFence & product) __syncwarp();
+}
 
 // --- small arithmetic ----------------------------------------------------------------------------------------------
 
@@ -232,13 +233,18 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 // --- a warp --------------------------------------------------------------------------------------------------------
 
+// The value of an integer product.
+__device__ __forceinline__ float product_of(int x) {
+    return kMagic ? __int_as_float(x) - kFloatMagic : static_cast<float>(x);
+}
+
 struct Warp {
     const AttentionParams& p;
     uint32 shared;
     uint32 key_lane, value_lane;  // this lane's part of ldmatrix addresses
     uint32 query;                 // this lane's part of Q in shared memory
     uint32 aux_lane;              // the same of scales
-    int magic[4];                 // kIntegerMagic, where integer products start
+    int start[4];                 // where integer products start
 
     uint32 q[kM][kQueryInRegisters ? kSteps : 1][4];
     float q_group[kM][2][kQueryChannelScale ? kGroups : 1];
@@ -266,11 +272,15 @@ struct Warp {
             value_lane = shared + Map::value + lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4);
         else
             value_lane = shared + Map::value + row * 128 + ((chunk ^ lane % 8) << 4);
-        aux_lane = shared + Map::aux + lane % 4 * (kRaw ? 4 : 8);
+        aux_lane = shared + Map::aux + lane % 4 * 8;
+        if (Dp < 256) {
+            key_lane = kept(key_lane);
+            value_lane = kept(value_lane);
+        }
         query = shared + Map::query + (warp * kM * kSteps * 32 + lane) * 16;
 
 #pragma unroll
-        for (int i = 0; i < 4; ++i) magic[i] = kIntegerMagic;
+        for (int i = 0; i < 4; ++i) start[i] = kMagic ? kIntegerMagic : 0;
         load_query(item);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
@@ -364,7 +374,7 @@ struct Warp {
     // The words of keys 16 * block .. + 15 at depth steps 2j and 2j + 1: [fragment of 8 keys][step][word].
     __device__ __forceinline__ void load_keys(uint32 (&b)[2][2][2], int buffer, int block, int j) const {
         const uint32 base = buffer * kKeyBytes + block * (16 * kKeyWidth);
-        if (kKeyFormat == kInt4) {  // a chunk is a whole step
+        if constexpr (kKeyFormat == kInt4) {  // a chunk is a whole step
             uint32 x[4];
             load_matrices(x, (key_lane ^ 2 * j << 4) + base);
 #pragma unroll
@@ -374,81 +384,89 @@ struct Warp {
                     b[n][k][0] = low_nibbles(x[2 * n + k]);
                     b[n][k][1] = high_nibbles(x[2 * n + k]);
                 }
-            return;
-        }
+        } else {
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            const int chunk = 2 * (2 * j + k);
-            uint32 x[4];
-            load_matrices(x, (key_lane ^ chunk % 8 << 4) + base + chunk / 8 * (kTileKeys * 128));
+            for (int k = 0; k < 2; ++k) {
+                const int chunk = 2 * (2 * j + k);
+                uint32 x[4];
+                load_matrices(x, (key_lane ^ chunk % 8 << 4) + base + chunk / 8 * (kTileKeys * 128));
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                b[n][k][0] = x[2 * n];
-                b[n][k][1] = x[2 * n + 1];
+                for (int n = 0; n < 2; ++n) {
+                    b[n][k][0] = x[2 * n];
+                    b[n][k][1] = x[2 * n + 1];
+                }
             }
         }
     }
 
-    __device__ __forceinline__ void multiply_keys(int buffer, int block, int aux_buffer) {
-        float sum[kM][2][4];  // floating scores
+    static constexpr int kWide = Dp == 256 ? 2 : 4;  // fragments at a time, which do not wait for each other
+
+    // S of fragments first .. first + kWide - 1, of 8 keys each.
+    __device__ __forceinline__ void multiply_keys(int buffer, int first, int aux_buffer) {
+        float sum[kM][kWide][4];  // floating scores
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
-            for (int n = 0; n < 2; ++n)
+            for (int n = 0; n < kWide; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) sum[m][n][i] = 0.0f;
 #pragma unroll
         for (int j = 0; j < kSteps / 2; ++j) {
-            uint32 b[2][2][2];
-            load_keys(b, buffer, block, j);
+            uint32 b[kWide / 2][2][2][2];
+#pragma unroll
+            for (int w = 0; w < kWide / 2; ++w) load_keys(b[w], buffer, first / 2 + w, j);
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const int step = 2 * j + k;
                 uint32 a[kM][4];
                 load_query_step(a, step);
-                float2 scale[2];
-                if (kGrouped) {
 #pragma unroll
-                    for (int n = 0; n < 2; ++n)
-                        scale[n] = load_float2(aux_lane + aux_buffer * kAuxBytes + step * (4 * kTileKeys) +
-                                               (2 * block + n) * 32);
-                }
+                for (int n = 0; n < kWide; ++n) {
+                    const uint32(&word)[2] = b[n / 2][n % 2][k];
+                    float2 scale;
+                    if (kGrouped)
+                        scale = load_float2(aux_lane + aux_buffer * kAuxBytes + step * (4 * kTileKeys) +
+                                            (first + n) * 32);
 #pragma unroll
-                for (int m = 0; m < kM; ++m)
-#pragma unroll
-                    for (int n = 0; n < 2; ++n) {
-                        int(&here)[4] = s[m][2 * block + n];
+                    for (int m = 0; m < kM; ++m) {
+                        int(&here)[4] = s[m][first + n];
                         if constexpr (kGrouped) {
                             int group[4];
-                            mma_s8s8(group, a[m], b[n][k][0], b[n][k][1], magic);
+                            mma_s8s8(group, a[m], word[0], word[1], start);
 #pragma unroll
                             for (int i = 0; i < 4; ++i) {
-                                float x = __int_as_float(group[i]) - kFloatMagic;
+                                float x = product_of(group[i]);
                                 if (kQueryChannelScale) x *= q_group[m][i / 2][kQueryChannelScale ? step : 0];
-                                sum[m][n][i] = fmaf(x, i % 2 ? scale[n].y : scale[n].x, sum[m][n][i]);
+                                sum[m][n][i] = fmaf(x, i % 2 ? scale.y : scale.x, sum[m][n][i]);
                             }
                         } else if constexpr (kInteger) {
                             if (step == 0)
-                                mma_s8s8(here, a[m], b[n][k][0], b[n][k][1], magic);
+                                mma_s8s8(here, a[m], word[0], word[1], start);
                             else
-                                mma_s8s8(here, a[m], b[n][k][0], b[n][k][1], here);
+                                mma_s8s8(here, a[m], word[0], word[1], here);
                         } else {
-                            mma_float<kKeyFormat>(sum[m][n], a[m], b[n][k][0], b[n][k][1]);
+                            mma_float<kKeyFormat>(sum[m][n], a[m], word[0], word[1]);
                         }
                     }
+                }
             }
         }
         if (kGrouped || !kInteger) {
 #pragma unroll
             for (int m = 0; m < kM; ++m)
 #pragma unroll
-                for (int n = 0; n < 2; ++n)
+                for (int n = 0; n < kWide; ++n)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) s[m][2 * block + n][i] = __float_as_int(sum[m][n][i]);
+                    for (int i = 0; i < 4; ++i) s[m][first + n][i] = __float_as_int(sum[m][n][i]);
         }
     }
 
     // --- softmax -----------------------------------------------------------------------------------------------------
+
+    // The lane's first pair {log2, 1 / scale} of V's scales, from its address of K's scales: pairs are twice as long.
+    __device__ __forceinline__ uint32 fold_of(uint32 aux) const {
+        return aux + kScaleBytes + (aux_lane - (shared + Map::aux));
+    }
 
     // Scores of fragment n to floats, where each key has its own scale; V folded: the whole exponent.
     __device__ __forceinline__ void scale_scores(int n, uint32 aux, uint32 fold) {
@@ -461,7 +479,7 @@ struct Warp {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float x = __int_as_float(s[m][n][i]);
-                if (kTokenScale) x = (x - kFloatMagic) * (i % 2 ? scale.y : scale.x);
+                if (kTokenScale) x = product_of(s[m][n][i]) * (i % 2 ? scale.y : scale.x);
                 if (kFolded) x = fmaf(x, q_scale[m][i / 2], i % 2 ? value.z : value.x);
                 s[m][n][i] = __float_as_int(x);
             }
@@ -485,12 +503,13 @@ struct Warp {
     // S of a tile, and its largest elements.
     __device__ __forceinline__ void scores(int buffer, int parity, int key0) {
         const uint32 aux = aux_lane + parity * kAuxBytes;
-        const uint32 fold = aux + kScaleBytes + threadIdx.x % 4 * 8;
+        const uint32 fold = fold_of(aux);
 #pragma unroll
-        for (int block = 0; block < 8; ++block) {
-            multiply_keys(buffer, block, parity);
+        for (int first = 0; first < 16; first += kWide) {
+            fence(1);
+            multiply_keys(buffer, first, parity);
 #pragma unroll
-            for (int n = 2 * block; n < 2 * block + 2; ++n) {
+            for (int n = first; n < first + kWide; ++n) {
                 if (kTokenScale || kFolded) scale_scores(n, aux, fold);
                 update_top(n);
             }
@@ -505,7 +524,7 @@ struct Warp {
 
     // Hidden keys get the bits of -inf: less than any score, as an integer and as a float.
     __device__ __forceinline__ void hide_scores(int key0, int block_row) {
-        const int thread = thread_now();
+        const int thread = static_cast<int>(thread_now());
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -522,10 +541,8 @@ struct Warp {
     }
 
     // From the largest scores: exponent = score * scale + shift, the factor of the tile's product, and where O and l stand.
-    __device__ __forceinline__ void exponent_of(float (&scale)[kM][2], float (&shift)[kM][2], int parity) {
-        float key_scale = 1.0f;  // of the thread's keys
-        if (kRaw)
-            key_scale = load_float((kKeyScale == kScaleGroup ? aux_lane : shared + Map::aux) + parity * kAuxBytes);
+    // key_scale: of the thread's keys (kRaw).
+    __device__ __forceinline__ void exponent_of(float (&scale)[kM][2], float (&shift)[kM][2], float key_scale) {
         float maximum[kM][2];  // -inf when the row sees nothing of the tile
         bool grow = false;
 #pragma unroll
@@ -634,14 +651,14 @@ struct Warp {
                 if constexpr (!kIntegerP)
                     mma_float<kValueFormat>(o[m][2 * block + n], a, b[2 * n], b[2 * n + 1]);
                 else if (step == 0)
-                    mma_u8s8(product[m][n], a, b[2 * n], b[2 * n + 1], magic);
+                    mma_u8s8(product[m][n], a, b[2 * n], b[2 * n + 1], start);
                 else
                     mma_u8s8(product[m][n], a, b[2 * n], b[2 * n + 1], product[m][n]);
             }
     }
 
     __device__ __forceinline__ void add(float& y, int product, float scale) const {
-        const float x = __int_as_float(product) - kFloatMagic;
+        const float x = product_of(product);
         y = kRunning ? y + x : fmaf(x, scale, y);
     }
 
@@ -659,13 +676,14 @@ struct Warp {
                                            const float (&shift)[kM][2]) {
         constexpr int beside = kIntegerP ? kBeside : Dp / 16;
         constexpr int kept = kIntegerP && beside > 0 ? beside : 1;
-        const uint32 fold = aux_lane + parity * kAuxBytes + kScaleBytes + threadIdx.x % 4 * 8;
+        const uint32 fold = fold_of(aux_lane + parity * kAuxBytes);
         Product product[kept];
         float sum[kM][2];
 #pragma unroll
         for (int m = 0; m < kM; ++m) sum[m][0] = sum[m][1] = 0.0f;
 #pragma unroll
         for (int step = 0; step < kValueSteps; ++step) {
+            fence(2);
             if (kWideV) {
                 exponentials(step, fold, scale, shift, sum);
             } else {
@@ -682,6 +700,7 @@ struct Warp {
             for (int block = 0; block < beside; ++block) add_product(product[block], block);
 #pragma unroll
             for (int block = beside; block < Dp / 16; ++block) {
+                fence(2);
 #pragma unroll
                 for (int step = 0; step < kValueSteps; ++step) multiply_values(product[0], buffer, block, step);
                 add_product(product[0], block);
@@ -698,7 +717,7 @@ struct Warp {
 #pragma unroll
                 for (int step = 0; step < kValueSteps; ++step) {
                     if (step == 0)
-                        mma_u8s8(sum, prob[m] + 4 * step, ones, ones, magic);
+                        mma_u8s8(sum, prob[m] + 4 * step, ones, ones, start);
                     else
                         mma_u8s8(sum, prob[m] + 4 * step, ones, ones, sum);
                 }
@@ -722,7 +741,7 @@ struct Warp {
     // --- the end -----------------------------------------------------------------------------------------------------
 
     __device__ __forceinline__ void finish() const {
-        const int thread = thread_now();
+        const int thread = static_cast<int>(thread_now());
         const int quad = thread % 4;
         const int4 seldom = load_ints(shared + Map::seldom);
         const int head = seldom.z;
@@ -786,40 +805,44 @@ extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attenti
         store_ints(shared + Map::seldom, {range.common.begin, range.common.end, item.head, item.row});
     const int begin = range.tile_begin;
     const int end = range.tile_end;
-    Tiles tiles(p, shared, static_cast<int64>(item.kv_head) * p.tiles + begin);
+    const Tiles tiles{p, shared, item.kv_head * p.tiles};
 
     if (begin < end) {
-        tiles.copy_key(0, 0);
-        if (kValueBuffers == 2) tiles.copy_value(0);
+        tiles.copy_key(begin, 0, 0);
+        if (kValueBuffers == 2) tiles.copy_value(begin, 0);
     }
     copy_commit();
     Warp warp(p, shared, item);
 
+    constexpr bool kAhead = Dp < 256;  // fetch K's scale a tile ahead, if there is a register for it
+    float next_scale = kAhead && begin < end ? tiles.scale_of(begin) : 1.0f;
     for (int tile = begin; tile < end; ++tile) {
         const int parity = (tile - begin) % 2;
         const bool more = tile + 1 < end;
+        const float key_scale = kAhead ? next_scale : tiles.scale_of(tile);
+        if (kAhead && more) next_scale = tiles.scale_of(tile + 1);
         float scale[kM][2], shift[kM][2];
 
         copy_wait();
         __syncthreads();  // K is here (V 2: and V), and nobody reads the tile before
         if (kValueBuffers == 1) {
-            tiles.copy_value(0);
+            tiles.copy_value(tile, 0);
             copy_commit();
         }
         if (kKeyBuffers == 2) {
             if (more) {
-                tiles.copy_key(parity ^ 1, parity ^ 1);
-                if (kValueBuffers == 2) tiles.copy_value(parity ^ 1);
+                tiles.copy_key(tile + 1, parity ^ 1, parity ^ 1);
+                if (kValueBuffers == 2) tiles.copy_value(tile + 1, parity ^ 1);
             }
             copy_commit();
         }
         warp.scores(kKeyBuffers == 2 ? parity : 0, parity, tile * kTileKeys);
         if (kKeyBuffers == 1) {
             __syncthreads();  // nobody reads K
-            if (more) tiles.copy_key(0, parity ^ 1);
+            if (more) tiles.copy_key(tile + 1, 0, parity ^ 1);
             copy_commit();
         }
-        warp.exponent_of(scale, shift, parity);
+        warp.exponent_of(scale, shift, key_scale);
         if (kValueBuffers == 1) {
             copy_wait_groups<1>();
             __syncthreads();  // V is here

@@ -14,42 +14,55 @@
 // it by more than 60: float32 has room for the growth. With P_TILE_MAX=0 (the paper's scheme) P stands against the
 // running maximum instead, and O and l are rescaled in every tile.
 //
-// A block is persistent: three warpgroups on one SM. Warpgroup 0 brings data in: one thread issues 1-D bulk copies of
-// packed K and V tiles (already swizzled and transposed by the quantiser) into a ring of stages, three warps copy
-// and swizzle the rows of Q. Warpgroups 1 and 2 own 64 query rows each of the block's 128 and share the tiles, but
-// never wait for each other: they meet only in the ring. A consumer's work is one stream of tiles over all its
-// items, software-pipelined: with register arrays A and B of 64 accumulators,
+// A block is persistent: three warpgroups on one SM. Warpgroup 0 brings data in with few registers: one
+// thread issues 1-D bulk copies of packed K and V tiles (already swizzled and transposed by the quantiser) into a
+// ring of stages, one works out the items (batch, head, 128 query rows) and leaves a record of each, two warps copy
+// and swizzle the rows of Q. Warpgroups 1 and 2 own 64 of the rows each; they share the tiles and meet in the ring.
+// A consumer's work is one stream of tiles over all its items, which it takes through a software pipeline
+// (PIPELINED). With register arrays A and B of 64 accumulators:
 //
 //     step j:  wait S(j) in A | row maxima of A | wait P V(j-1) in B | O += B | issue S(j+1) into B
 //              | exponentials of A to P | issue P V(j) into A            then A and B change roles
 //
-// so each product runs beside work of the same warp, and the two warpgroups fall into opposite phases by themselves.
-// An item's output is written inside the next item's first step, while tensor cores already work on that item.
-// For DP=256 there are not enough registers for two arrays: P V runs in four quarters of 64 channels, two in flight.
+// so each product runs beside other work of the same warp. An item's output is written inside the next item's first
+// step, while the tensor cores already work on that item. For DP = 64 the product P V has an array of its own and
+// S(j+1) is issued at the start of step j. Where registers do not allow it (DP = 256, scales of K per token) the
+// products follow each other in one array, and the other warpgroup fills the gaps.
 //
 // P never leaves registers. Lane 4r+q of an accumulator holds the keys 8i+2q, 8i+2q+1, an 8-bit A operand wants
 // four neighbours 4q..4q+3: the quantiser stores V's keys in the order that makes the two coincide.
 //
-// Shared memory (dynamic, SHARED_BYTES, see below):
-//     Q        2 x 128 * DP      two buffers: [warpgroup][DP / 128][64 rows][128 bytes], swizzled
-//     K        STAGES x 128 * DP
-//     V^T      STAGES x DP * 128
-//     scales   STAGES x kAuxBytes   K scales of the tile, then {log2, 1/scale} pairs of V when folded
-//     q_scale  2 x 128 floats
-//     barriers
+// What the compiler needs. A wgmma accumulator keeps its registers from its first use to its last, so exponentials
+// are written over the scores they come from (elsewhere there is no room), every wait names the registers that it
+// makes valid, and scalars are kept few: index arithmetic is done by the producers, or is the same in all lanes.
+//
+// Shared memory (dynamic, nothing static):
+//     Q         2 x 128 * DP          two buffers: [warpgroup][DP / 128][64 rows][128 bytes], swizzled
+//     K         STAGES x 128 * DP
+//     V^T       STAGES x DP * 128
+//     scales    STAGES x kAuxBytes    K scales of the tile, then {log2, 1/scale} pairs of V when folded
+//     q_scale   2 x 128 floats
+//     v_scale   4 x DP floats
+//     records   4 x 64 bytes
+//     barriers  4 * STAGES + 6
 //
 // Compile-time constants (-D):
 //     DP          64, 128, 256    padded head dimension
-//     STAGES      ring depth; the default fills shared memory sensibly
 //     K_SCALE     kScaleToken (0) or kScaleGroup (1)
 //     V_FOLDED    1: V has a scale per key, folded into the exponent (needs K_SCALE 0)
 //     P_TILE_MAX  1: P against the tile's maximum; 0: against the running maximum
 //     P_LEVELS    255 or 127
 //     OUT_DTYPE   kFloat16 (0), kBFloat16 (1), kFloat32 (2)
+//     MASKED      0: the caller knows that every row sees every key and that Sk is a multiple of 128 (less code)
+//     OUT_PLAIN   1: the caller knows that D = DP, out_channel = 1, the other strides are even, and out is aligned
+//                 to two elements, so that pairs of channels can be stored; 0: it is not so; -1: look (more code)
+//     STAGES      ring depth; the default fills shared memory sensibly
+//     PIPELINED, PINGPONG, CHAIN  knobs, see the code
 //
-// Launch: grid = min(SMs, batches * heads * row_blocks) with row_blocks = ceil(Sq / 128), block = 384,
-// dynamic shared memory = SHARED_BYTES: 256 * DP * (1 + STAGES) + STAGES * kAuxBytes + 1024 + 16 * DP + 256 + 8 * (4 * STAGES + 6).
-// Sk >= 1, Sq >= 1. `lse` may be null, `lse_shift` may be null.
+// Launch: block = 384, grid = min(SMs, batches * heads * row_blocks) with row_blocks = ceil(Sq / 128), dynamic
+// shared memory = 256 * DP * (1 + STAGES) + STAGES * kAuxBytes + 1024 + 16 * DP + 256 + 8 * (4 * STAGES + 6), where
+// kAuxBytes = (K_SCALE ? 16 : 512) + (V_FOLDED ? 1024 : 0).
+// Sq, Sk >= 1. `lse` may be null, `lse_shift` may be null. The result does not depend on the grid: no atomics.
 
 #include "copy.cuh"
 #include "mask.cuh"
@@ -76,16 +89,16 @@
 #define MASKED 1
 #endif
 #ifndef OUT_PLAIN
-#define OUT_PLAIN 0
-#endif
-#ifndef CONSUMERS
-#define CONSUMERS (DP == 64 ? 3 : 2)
+#define OUT_PLAIN -1
 #endif
 #ifndef PIPELINED
-#define PIPELINED (DP == 128)
+#define PIPELINED (DP <= 128 && K_SCALE == 1)
 #endif
 #ifndef PINGPONG
-#define PINGPONG (CONSUMERS == 2)
+#define PINGPONG PIPELINED
+#endif
+#ifndef CHAIN
+#define CHAIN 3
 #endif
 #ifndef OUT_DTYPE
 #define OUT_DTYPE 1
@@ -96,19 +109,16 @@ namespace intfa {
 // --- shape of a block ---------------------------------------------------------------------------------------
 
 constexpr int kStages = STAGES;
-constexpr int kConsumers = CONSUMERS;     // warpgroups that compute
+constexpr int kConsumers = 2;             // warpgroups that compute
 constexpr int kGroupRows = 64;            // query rows of each
 constexpr int kBlockRows = kConsumers * kGroupRows;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-#ifndef CHAIN
-#define CHAIN 3
-#endif
+constexpr int kProducerRegisters = 24;
+constexpr int kQueryLoaders = 64;         // threads that copy Q
+constexpr int kConsumerRegisters = 240;   // 128 * (24 + 2 * 240) of the SM's 65536
 // The exponentials run in blocks of 16 keys; a block starts after the probabilities of the one kChain before are
 // packed. Left to itself the compiler puts all exponentials in one run, and all packing behind it.
 constexpr int kChain = CHAIN;
-constexpr int kQueryLoaders = 64;         // threads that copy Q
 
 // Scores stay integers until the exponent when one scale covers all keys of a thread; else they become floats first.
 constexpr bool kRaw = K_SCALE == kScaleGroup;
@@ -135,7 +145,8 @@ constexpr unsigned kValueHigh = descriptor_high(128);
 constexpr int kHidden = -(1 << 30);
 
 constexpr int kRecordBytes = 16 * kConsumers + 32;
-constexpr int kItemSlots = 4;  // an item's record is read until its output is written, two items later at most
+constexpr int kItemSlots = 4;  // a record is read until the item's output is written, one item later; the producers
+                               // are at most two items ahead of that
 
 struct SharedMap {
     unsigned query, key, value, aux, query_scale, value_scale, item, barriers;
@@ -249,7 +260,7 @@ __device__ __forceinline__ void produce_records(const AttentionParams& p, const 
         const int buffer = round & 1;
         barrier_wait(map.query_empty(buffer), (round >> 1 & 1) ^ 1);
         const unsigned record = map.record(round);
-        Item item;
+        Item item = {0, 0, 0};
         const bool more = find_item(p, round, item);
         int begin = 0, end = 0;
         if (more) {
@@ -375,17 +386,13 @@ __device__ __forceinline__ unsigned round2(float e0, float e1) {
     return y;
 }
 
-// Element n of accumulator word w of P: rows alternate with w, and the four keys are 2q, 2q+1, 8+2q, 9+2q of the
-// word's 16 keys.
+// Accumulator element of the n-th key of a word of P: the two rows alternate from word to word, and the four keys are
+// 2q, 2q+1, 8+2q, 9+2q of the word's 16.
 __device__ __forceinline__ constexpr int score_of(int word, int n) {
     return 8 * (word >> 1) + 2 * (word & 1) + 4 * (n >> 1) + (n & 1);
 }
 
-// Key of accumulator element i within the tile, for lane 0 of the quad.
-__device__ __forceinline__ constexpr int key_of(int i) {
-    return 8 * (i >> 2) + (i & 1);
-}
-
+// Row (0 or 1) of accumulator element i.
 __device__ __forceinline__ constexpr int row_of(int i) {
     return i >> 1 & 1;
 }
@@ -420,17 +427,20 @@ struct Place {
 struct Consumer {
     const AttentionParams& p;
     const SharedMap& map;
-    int group, lane, row_in_block;  // warpgroup 0..1, lane, first of the thread's two rows (the other is 8 below)
-    int quad;                       // lane within a row
-    unsigned query_low, key_low, value_low;
+    int group;         // 0 or 1
+    int lane;
+    int row_in_block;  // first of the thread's two rows; the other is 8 below
+    int quad;          // lane within a row
+    unsigned query_low, key_low, value_low;  // descriptors
+    unsigned never;    // 0, which the compiler cannot know
 
+    // Accumulators, P and the state of the two rows.
     float o[DP / 2];
     unsigned prob[16];
     float reference[2];
     float l[2];        // this lane's share
     float factor[2];   // of the product under way: tile maximum: to O's reference; running: O's rescaling
     Cursor at;
-    unsigned never;            // 0
 
     __device__ __forceinline__ Consumer(const AttentionParams& p_, const SharedMap& map_, int group_, int thread)
         : p(p_), map(map_), group(group_), lane(thread & 31),
@@ -462,199 +472,6 @@ struct Consumer {
         const int4 tiles = load_int4(map.record(at.round) + 16 * group);
         return {at.tile == tiles.x, at.tile + 1 == tiles.y, at.tile < tiles.z || at.tile >= tiles.w,
                 at.round, at.tile, at.ring.stage};
-    }
-
-    __device__ __forceinline__ void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
-
-// --- producers ----------------------------------------------------------------------------------------------
-
-// Tiles of K and V, in the order in which the consumers take them; which ones, the records say.
-__device__ __forceinline__ void produce_tiles(const AttentionParams& p, const SharedMap& map) {
-    Ring ring;
-    for (int round = 0;; ++round) {
-        barrier_wait(map.record_full(round & 1), round >> 1 & 1);
-        const int4 tiles = load_int4(map.record(round));
-        if (tiles.y == 0) return;
-        const int kv_head = load_int4(map.record(round) + kRecordItem).z;
-        long long tile = static_cast<long long>(kv_head) * p.tiles + tiles.x;
-        int count = tiles.y - tiles.x;
-#pragma unroll 1
-        for (; count > 0; --count, ++tile) {
-            const unsigned key_full = map.key_full(ring.stage);
-            barrier_wait(map.key_empty(ring.stage), ring.phase ^ 1);
-            barrier_expect(key_full, kTileBytes + kAuxBytes);
-            bulk_copy(map.key + ring.stage * kTileBytes, p.k + tile * kTileBytes, kTileBytes, key_full);
-            const unsigned aux = map.aux + ring.stage * kAuxBytes;
-            bulk_copy(aux, p.k_scale + tile * (kScaleBytes / 4), kScaleBytes, key_full);
-            if (kFolded) bulk_copy(aux + kScaleBytes, p.v_fold + tile * (2 * kTileKeys), 8 * kTileKeys, key_full);
-            const unsigned value_full = map.value_full(ring.stage);
-            barrier_wait(map.value_empty(ring.stage), ring.phase ^ 1);
-            barrier_expect(value_full, kTileBytes);
-            bulk_copy(map.value + ring.stage * kTileBytes, static_cast<const signed char*>(p.v) + tile * kTileBytes,
-                      kTileBytes, value_full);
-            ring.advance();
-        }
-    }
-}
-
-// Q, its scales and those of V. Rows beyond Sq become zeros.
-__device__ __forceinline__ void produce_queries(const AttentionParams& p, const SharedMap& map, int thread) {
-    constexpr int chunks = DP / 16;  // 16-byte chunks of a row
-    for (int round = 0;; ++round) {
-        const int buffer = round & 1;
-        barrier_wait(map.record_full(buffer), round >> 1 & 1);
-        if (load_int4(map.record(round)).y == 0) {
-            barrier_arrive(map.query_full(buffer));
-            return;
-        }
-        const int4 item = load_int4(map.record(round) + kRecordItem);  // row, head, kv_head, batch
-        const long long first = static_cast<long long>(item.y) * p.queries + item.x;
-        const signed char* source = p.q + first * DP;
-        const unsigned target = map.query + buffer * kQueryBytes;
-        const int rows = p.queries - item.x;
-#pragma unroll 1
-        for (int c = thread; c < kBlockRows * chunks; c += kQueryLoaders) {
-            const int row = c / chunks;
-            const int chunk = c % chunks;
-            const int r = row % kGroupRows;
-            unsigned offset = (row / kGroupRows) * (kGroupRows * DP) + r * kRowBytes;
-            if (DP == 64)
-                offset += (chunk ^ (r >> 1 & 3)) << 4;
-            else
-                offset += (chunk / 8) * (kGroupRows * 128) + ((chunk % 8 ^ (r & 7)) << 4);
-            const bool inside = row < rows;
-            copy16_async(target + offset, inside ? source + c * 16 : p.q, inside);
-        }
-        const unsigned scales = map.query_scale + buffer * kBlockRows * 4;
-#pragma unroll 1
-        for (int row = thread; row < kBlockRows; row += kQueryLoaders) {
-            const bool inside = row < rows;
-            copy4_async(scales + row * 4, inside ? p.q_scale + first + row : p.q_scale, inside);
-        }
-        const float* v_scale = p.v_scale + static_cast<long long>(item.z) * DP;
-#pragma unroll 1
-        for (int channel = thread; channel < DP; channel += kQueryLoaders)
-            copy4_async(map.value_scale + (round % kItemSlots * DP + channel) * 4, v_scale + channel, true);
-        copies_wait();
-        shared_store_fence();
-        barrier_arrive(map.query_full(buffer));
-    }
-}
-
-// --- small arithmetic ---------------------------------------------------------------------------------------
-
-// Largest of the four lanes that share a row.
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
-    return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(kFullWarp, x, 1);
-    return x + __shfl_xor_sync(kFullWarp, x, 2);
-}
-
-// Two probabilities 0..255, rounded to integers in the low bytes of two halves: a half in [1024, 2048) has ulp 1.
-__device__ __forceinline__ unsigned round2(float e0, float e1) {
-    unsigned y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(e1), "f"(e0));
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(y), "r"(0x64006400u));
-    return y;
-}
-
-// Element n of accumulator word w of P: rows alternate with w, and the four keys are 2q, 2q+1, 8+2q, 9+2q of the
-// word's 16 keys.
-__device__ __forceinline__ constexpr int score_of(int word, int n) {
-    return 8 * (word >> 1) + 2 * (word & 1) + 4 * (n >> 1) + (n & 1);
-}
-
-// Key of accumulator element i within the tile, for lane 0 of the quad.
-__device__ __forceinline__ constexpr int key_of(int i) {
-    return 8 * (i >> 2) + (i & 1);
-}
-
-__device__ __forceinline__ constexpr int row_of(int i) {
-    return i >> 1 & 1;
-}
-
-// --- consumer -----------------------------------------------------------------------------------------------
-
-// Two outputs of 16 bits in a word, x in the low half.
-__device__ __forceinline__ unsigned convert_pair(float x, float y) {
-    unsigned xy;
-    if (OUT_DTYPE == kFloat16)
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(xy) : "f"(y), "f"(x));
-    else
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(xy) : "f"(y), "f"(x));
-    return xy;
-}
-
-// Place in a consumer's stream of tiles. The same in all lanes, and written so that the compiler can tell.
-struct Cursor {
-    int round = 0;
-    int tile = 0;
-    bool done = false;  // past the last item
-    Ring ring;
-};
-
-// What a step needs to know of its tile.
-struct Place {
-    bool first, last;  // of its item
-    bool masked;
-    int round, tile, stage;
-};
-
-struct Consumer {
-    const AttentionParams& p;
-    const SharedMap& map;
-    int group, lane, row_in_block;  // warpgroup 0..1, lane, first of the thread's two rows (the other is 8 below)
-    int quad;                       // lane within a row
-    unsigned query_low, key_low, value_low;
-
-    float o[DP / 2];
-    unsigned prob[16];
-    float reference[2];
-    float l[2];        // this lane's share
-    float factor[2];   // of the product under way: tile maximum: to O's reference; running: O's rescaling
-    Cursor at;
-    unsigned never;            // 0
-
-    __device__ __forceinline__ Consumer(const AttentionParams& p_, const SharedMap& map_, int group_, int thread)
-        : p(p_), map(map_), group(group_), lane(thread & 31),
-          row_in_block(group_ * kGroupRows + thread / 32 * 16 + (thread & 31) / 4), quad(thread & 3) {
-        never = static_cast<unsigned>(p.channels) >> 30;
-        query_low = descriptor_low(map.query + group * kGroupRows * DP);
-        key_low = descriptor_low(map.key);
-        value_low = descriptor_low(map.value);
-#pragma unroll
-        for (int i = 0; i < DP / 2; ++i) o[i] = 0.0f;
-        for (int r = 0; r < 2; ++r) factor[r] = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) prob[i] = 0;
-    }
-
-    __device__ __forceinline__ void arrive(unsigned barrier) const {
-        if (lane == 0) barrier_arrive(barrier);
-    }
-
-    // Waits for the queries of the item of this round, and takes its first tile from its record.
-    __device__ __forceinline__ void enter_item() {
-        barrier_wait(map.query_full(at.round & 1), at.round >> 1 & 1);
-        const Tiles& tiles = records[at.round % kItemSlots].tiles[group];
-        at.tile = __reduce_max_sync(kFullWarp, tiles.begin);
-        at.done = __any_sync(kFullWarp, tiles.end == 0);
-    }
-
-    __device__ __forceinline__ Place place() const {
-        const Tiles tiles = records[at.round % kItemSlots].tiles[group];
-        return {at.tile == tiles.begin, at.tile + 1 == tiles.end,
-                at.tile < tiles.plain_begin || at.tile >= tiles.plain_end, at.round, at.tile, at.ring.stage};
     }
 
     __device__ __forceinline__ void advance(bool last) {
@@ -728,7 +545,8 @@ struct Consumer {
     // The keys of the tile that row r of this thread sees, of the 32 that the thread holds: bit 2i + c is key
     // 8i + 2 quad + c.
     __device__ __forceinline__ unsigned visible_bits(const Place& place, int r) const {
-        const KeyRange keys = visible_keys(p, load_int4(map.record(place.round) + kRecordItem).x + row_in_block + 8 * r);
+        const int first = load_int4(map.record(place.round) + kRecordItem).x;
+        const KeyRange keys = visible_keys(p, first + row_in_block + 8 * r);
         const int base = place.tile * kTileKeys + 2 * quad;
         return low_bits(keys.end - base) & ~low_bits(keys.begin - base);
     }
@@ -740,8 +558,8 @@ struct Consumer {
     }
 
     // Scores to floats (token scales): S * k_scale, V folded: the whole exponent.
-    __device__ __forceinline__ void scale_scores(int (&s)[64], const float (&query_scale)[2]) const {
-        const unsigned aux = map.aux + at.ring.stage * kAuxBytes + 8 * quad;
+    __device__ __forceinline__ void scale_scores(int (&s)[64], int stage, const float (&query_scale)[2]) const {
+        const unsigned aux = map.aux + stage * kAuxBytes + 8 * quad;
 #pragma unroll
         for (int i = 0; i < 64; i += 4) {
             const float2 scale = load_float2(aux + 8 * i);
@@ -952,7 +770,13 @@ struct Consumer {
                 p.lse[at_row] = log_sum_exp(reference[r], total, kLevels, offset, poisoned);
             }
         }
-        if (OUT_PLAIN) {
+        constexpr int element = OUT_DTYPE == kFloat32 ? 4 : 2;
+        const bool plain = OUT_PLAIN >= 0
+                               ? OUT_PLAIN != 0
+                               : p.channels == DP && p.out_channel == 1 &&
+                                     ((p.out_batch | p.out_head | p.out_row) & 1) == 0 &&
+                                     (reinterpret_cast<unsigned long long>(p.out) & (2 * element - 1)) == 0;
+        if (plain) {
 #pragma unroll
             for (int i = 0; i < DP / 8; ++i) {
                 const float2 scale = load_float2(v_scale + 32 * i);
@@ -988,10 +812,11 @@ struct Consumer {
     }
 
     // From S to the row maxima: everything of a step before the product under way is needed. scale: of the two rows.
-    __device__ __forceinline__ void first_half(int (&s)[64], const Place& place, const float (&scale)[2], float (&m)[2]) {
+    __device__ __forceinline__ void first_half(int (&s)[64], const Place& place, const float (&scale)[2],
+                                               float (&m)[2]) {
         if (kRaw) arrive(map.key_empty(place.stage));
         if (place.last) arrive(map.query_empty(place.round & 1));
-        if (!kRaw) scale_scores(s, scale);
+        if (!kRaw) scale_scores(s, place.stage, scale);
         if (MASKED && __builtin_expect(place.masked, 0)) hide_scores(s, place);
         row_maxima(s, scale, m);
     }
@@ -1027,39 +852,60 @@ struct Consumer {
     }
 
 #if PIPELINED
-    // A step of the pipeline: S of the cursor's tile is in s, the product of the tile before under way in other.
-    __device__ __forceinline__ void step(int (&s)[64], int (&other)[64]) {
+    // A step of the pipeline: S of the cursor's tile is in s, the product of the tile before under way in `product`,
+    // which for DP = 128 is `other` itself.
+    template <int n>
+    __device__ __forceinline__ void step(int (&s)[64], int (&other)[64], int (&product)[n]) {
         float scale[2], m[2];
         const Place here = place();
         const unsigned phase = at.ring.phase;
         const bool key_ready = next_key_ready();
         read_scales(scale);
+        if (DP == 64) {
+            advance(here.last);
+            wait_key(key_ready);
+            issue_scores(other);
+        }
         first_half(s, here, scale, m);
-        advance(here.last);
-        wait_key(key_ready);
-        wgmma_wait<0>(other, prob);
+        if (DP == 64) {
+            wgmma_wait<1>(product, prob);
+        } else {
+            advance(here.last);
+            wait_key(key_ready);
+            wgmma_wait<0>(product, prob);
+        }
         if (!here.first || here.round > 0) arrive(map.value_empty(here.stage == 0 ? kStages - 1 : here.stage - 1));
-        add_product(other, 0);
-        issue_scores(other);
+        add_product(product, 0);
+        if (DP == 128) issue_scores(other);
         if (__builtin_expect(here.first, 0)) {
             if (here.round > 0) finish_item(here.round - 1);
             begin_item(scale);
         }
         second_half(s, here, phase, scale, m);
-        issue_values(s, here.stage, 0);
     }
 
-    __device__ __forceinline__ void drain(int (&other)[64]) {
-        wgmma_wait<0>(other, prob);
-        add_product(other, 0);
+    template <int n>
+    __device__ __forceinline__ void drain(int (&product)[n]) {
+        wgmma_wait<0>(product, prob);
+        add_product(product, 0);
         finish_item(at.round - 1);
     }
 
     __device__ __forceinline__ void run() {
-        static_assert(DP == 128, "registers");
+        static_assert(DP <= 128, "not enough registers");
         int a[64], b[64];
 #pragma unroll
         for (int i = 0; i < 64; ++i) a[i] = b[i] = 0;
+#if DP == 64
+        int product[32];
+#pragma unroll
+        for (int i = 0; i < 32; ++i) product[i] = 0;
+        int(&product_a)[32] = product;
+        int(&product_b)[32] = product;
+#else
+        int(&product_a)[64] = a;
+        int(&product_b)[64] = b;
+#endif
         enter_item();
         wait_key(false);
         issue_scores(a);
@@ -1067,16 +913,20 @@ struct Consumer {
         while (true) {
             wgmma_wait<1>(a);
             if (at.done) {
-                drain(b);
+                drain(product_b);
                 break;
             }
-            step(a, b);
+            int stage = at.ring.stage;
+            step(a, b, product_b);
+            issue_values(product_a, stage, 0);
             wgmma_wait<1>(b);
             if (at.done) {
-                drain(a);
+                drain(product_a);
                 break;
             }
-            step(b, a);
+            stage = at.ring.stage;
+            step(b, a, product_a);
+            issue_values(product_b, stage, 0);
         }
     }
 #else
@@ -1134,9 +984,6 @@ extern "C" __global__ void __launch_bounds__(intfa::kThreads, 1)
     using namespace intfa;
     extern __shared__ __align__(1024) unsigned char shared[];
     const SharedMap map(shared_address(shared));
-    // The result of a warp reduction is known to be the same for all lanes.
-    const int group = static_cast<int>(__reduce_max_sync(kFullWarp, threadIdx.x / 128));
-    const int thread = threadIdx.x % 128;
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             barrier_init(map.key_full(i), 1);
@@ -1152,7 +999,8 @@ extern "C" __global__ void __launch_bounds__(intfa::kThreads, 1)
         barrier_init_fence();
     }
     __syncthreads();
-    if (group == 0) {
+    const int thread = threadIdx.x % 128;
+    if (threadIdx.x < 128) {
         registers_release<kProducerRegisters>();
         if (thread >= 64)
             produce_queries(p, map, thread - 64);
@@ -1162,8 +1010,10 @@ extern "C" __global__ void __launch_bounds__(intfa::kThreads, 1)
             produce_tiles(p, map);
     } else {
         registers_claim<kConsumerRegisters>();
-        Consumer consumer(p, map, group - 1, thread);
-        if (PINGPONG && group == 2) asm volatile("bar.arrive 1, 256;" ::: "memory");
+        // The result of a warp reduction is known to be the same in all lanes.
+        const int group = static_cast<int>(__reduce_max_sync(kFullWarp, threadIdx.x / 128)) - 1;
+        Consumer consumer(p, map, group, thread);
+        if (PINGPONG && group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
         consumer.run();
     }
 }

@@ -124,12 +124,6 @@ __device__ __forceinline__ void store_words(uint32 address, const uint32 (&x)[4]
                  : "memory");
 }
 
-__device__ __forceinline__ float load_float(uint32 address) {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
-    return x;
-}
-
 __device__ __forceinline__ int4 load_ints(uint32 address) {
     int4 x;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -149,14 +143,15 @@ __device__ __forceinline__ void copy16_async(uint32 shared, const void* global) 
 }
 
 // The thread's number, read where it is needed: what is derived from it cannot stay in registers over the main loop.
-__device__ __forceinline__ int thread_now() {
-    int x;
+__device__ __forceinline__ uint32 thread_now() {
+    uint32 x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
 }
 
-__device__ __forceinline__ void copy4_async(uint32 shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+// The same value, which the compiler must keep in a register: it cannot know how to compute it again.
+__device__ __forceinline__ uint32 kept(uint32 x) {
+    return __shfl_sync(kFullWarp, x, static_cast<int>(threadIdx.x % 32));
 }
 
 // --- two floats to a smaller format, the first one low ------------------------------------------------------------

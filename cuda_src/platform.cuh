@@ -68,6 +68,18 @@ __device__ __forceinline__ float sqrt_rn(float a) {
 #endif
 }
 
+// The larger of a and |b| for a >= 0, NaN if either is: no NaN slips through a maximum.
+__device__ __forceinline__ float max_magnitude(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(fabsf(b)));
+    return c;
+#else
+    const int x = __float_as_int(a), y = __float_as_int(b) & 0x7fffffff;
+    return __int_as_float(x > y ? x : y);  // as integers: NaN lies above infinity, infinity above numbers
+#endif
+}
+
 // 2**x to about two units in the last place; 2**-inf = 0; results below the normal range become 0.
 __device__ __forceinline__ float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__

@@ -37,9 +37,16 @@ constexpr int kStatisticsThreads = 256;
 constexpr int kStatisticsRows = kStatisticsThreads / kLanes;  // rows at a time
 constexpr int kStatisticsSteps = 16;
 constexpr int kChunkRows = kStatisticsRows * kStatisticsSteps;
+constexpr int kFinishThreads = 1024;
 constexpr int kPackThreads = 2 * Dp;         // 16 rows at a time, 8 times: a tile of 128
 constexpr int kPackRows = kPackThreads / kLanes;
 constexpr int kPackSteps = kTileKeys / kPackRows;
+constexpr int kAhead = 4;                    // loads under way of a thread that packs
+// Blocks per multiprocessor that registers must allow: 24 warps, or 16 where a thread holds more: the values of a whole
+// tile, units of float32, a rotation of parts of a unit.
+constexpr int kPackBlocks =
+    (kKeyScale == kScaleToken && kInput != kFloat32 && D % kUnit == 0 ? 768 : 512) / kPackThreads;
+constexpr int kStatisticsAhead = kInput == kFloat32 ? 2 : 8;  // loads under way of a thread
 constexpr int kTransposeStride = kTileKeys / 4 + 1;  // words per channel of the transposed tile of V
 
 static_assert(D <= Dp && (Dp == 64 || Dp == 128 || Dp == 256), "the head dimension is padded to 64, 128 or 256");
@@ -67,10 +74,9 @@ __device__ __forceinline__ Scale scale_of(int range) {
 }
 
 // x * inverse rounded to an integer, half to even, in the low byte. |x| is within the range that inverse was made for,
-// so the result is within -127..127.
+// so the result is within -127..127; meaningless where inverse is 0.
 __device__ __forceinline__ uint32 rounded(float x, float inverse) {
-    const int bits = __float_as_int(add_rn(mul_rn(x, inverse), kRoundingMagic));
-    return inverse == 0.0f ? 0u : static_cast<uint32>(bits);
+    return static_cast<uint32>(__float_as_int(add_rn(mul_rn(x, inverse), kRoundingMagic)));
 }
 
 __device__ __forceinline__ float round_bf16(float x) {
@@ -153,9 +159,11 @@ struct Head {
 
 // --- the rotation ------------------------------------------------------------------------------------------------------
 
+constexpr bool kOneBlock = (D & (D - 1)) == 0 && D == Dp;  // the rotation is one Hadamard matrix of all lanes
+
 // Size of the Hadamard block that a channel is in: D as a sum of powers of two, the largest first. 1 beyond D.
 __device__ __forceinline__ int block_size(int channel) {
-    if ((D & (D - 1)) == 0 && D == Dp) return D;
+    if (kOneBlock) return D;
     int start = 0, size = 1;
 #pragma unroll
     for (int bit = 8; bit >= 0; --bit) {
@@ -193,12 +201,12 @@ __device__ __forceinline__ void rotate(float (&x)[kUnit], int first) {
 #pragma unroll
     for (int h = kUnit; 2 * h <= Dp; h *= 2) {
         if (2 * h > D) continue;
-        const bool upper = first & h;
+        const float sign = first & h ? -1.0f : 1.0f;
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) {
             const float other = __shfl_xor_sync(kFullWarp, x[i], h / kUnit);
-            const float y = upper ? other - x[i] : x[i] + other;
-            if (h < size) x[i] = y;
+            const float y = fmaf(x[i], sign, other);  // exactly other + x or other - x
+            if (kOneBlock || h < size) x[i] = y;
         }
     }
 #pragma unroll
@@ -220,10 +228,10 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 
 __device__ __forceinline__ int range_of(const float (&x)[kUnit]) {
-    int range = 0;
+    float range = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) range = max(range, magnitude(x[i]));
-    return range;
+    for (int i = 0; i < kUnit; ++i) range = max_magnitude(range, x[i]);
+    return magnitude(range);
 }
 
 // --- statistics ----------------------------------------------------------------------------------------------------------
@@ -259,7 +267,7 @@ __device__ __forceinline__ float largest_magnitude(float a, float b) {
 // Runs visit(x, row) for the units of a chunk that belong to this thread, several loads ahead.
 template <typename Visit>
 __device__ __forceinline__ void for_chunk(const Head& head, int chunk, int rows, Visit visit) {
-    constexpr int ahead = kInput == kFloat32 ? 4 : 8;
+    constexpr int ahead = kStatisticsAhead;
     const int first = threadIdx.x % kLanes * kUnit;
     const int row0 = chunk * kChunkRows + static_cast<int>(threadIdx.x) / kLanes;
 #pragma unroll 1
@@ -370,15 +378,16 @@ __device__ __forceinline__ float half_scale(int range) {
 }
 
 __device__ __forceinline__ void finish_keys(const QuantizeParams& p, int head, double* shared) {
-    constexpr int slices = kStatisticsThreads / Dp;
+    constexpr int slices = kFinishThreads / Dp;
     const int t = threadIdx.x;
     const int channel = t % Dp;
     const int slice = t / Dp;
-    float* const partial = reinterpret_cast<float*>(shared + kStatisticsThreads);
+    float* const partial = reinterpret_cast<float*>(shared + kFinishThreads);
 
     double sum = 0.0;
     float smallest = infinity(), largest = -infinity(), query = 0.0f;
     const float* k = p.k_partial + int64(head) * p.k_chunks * (3 * Dp) + channel;
+#pragma unroll 4
     for (int i = slice; i < p.k_chunks; i += slices) {
         sum += k[int64(i) * (3 * Dp)];
         smallest = fminf(smallest, k[int64(i) * (3 * Dp) + Dp]);
@@ -387,12 +396,13 @@ __device__ __forceinline__ void finish_keys(const QuantizeParams& p, int head, d
     if (kQueryStatistics) {
         const int64 group = p.heads / p.kv_heads;
         const float* q = p.q_partial + (head / p.kv_heads * p.heads + head % p.kv_heads * group) * p.q_chunks * Dp;
+#pragma unroll 4
         for (int64 i = slice; i < group * p.q_chunks; i += slices) query = fmaxf(query, q[i * Dp + channel]);
     }
     shared[t] = sum;
     partial[t] = smallest;
-    partial[kStatisticsThreads + t] = largest;
-    partial[2 * kStatisticsThreads + t] = query;
+    partial[kFinishThreads + t] = largest;
+    partial[2 * kFinishThreads + t] = query;
     __syncthreads();
     float mean = 0.0f, ratio = 0.0f;
     if (slice == 0) {
@@ -400,8 +410,8 @@ __device__ __forceinline__ void finish_keys(const QuantizeParams& p, int head, d
             const int other = s * Dp + channel;
             sum += shared[other];
             smallest = fminf(smallest, partial[other]);
-            largest = fmaxf(largest, partial[kStatisticsThreads + other]);
-            query = fmaxf(query, partial[2 * kStatisticsThreads + other]);
+            largest = fmaxf(largest, partial[kFinishThreads + other]);
+            query = fmaxf(query, partial[2 * kFinishThreads + other]);
         }
         if (kSmooth && channel < D) mean = round_bf16(static_cast<float>(sum / p.keys));
         if (kSmooth) p.k_mean[int64(head) * Dp + channel] = mean;
@@ -414,7 +424,7 @@ __device__ __forceinline__ void finish_keys(const QuantizeParams& p, int head, d
         ratio = 0.5f * (log2f(key) - log2f(query));
     __syncthreads();
     shared[t] = ratio;  // 0 for all but the first slice
-    for (int stride = kStatisticsThreads / 2; stride > 0; stride /= 2) {
+    for (int stride = kFinishThreads / 2; stride > 0; stride /= 2) {
         __syncthreads();
         if (t < stride) shared[t] += shared[t + stride];
     }
@@ -433,10 +443,10 @@ __device__ __forceinline__ void finish_keys(const QuantizeParams& p, int head, d
 __device__ __forceinline__ void finish_values(const QuantizeParams& p, int head, double* shared) {
     const int t = threadIdx.x;
     if (kValueScale == kValueToken) {
-        int* const largest = reinterpret_cast<int*>(shared + kStatisticsThreads);
+        int* const largest = reinterpret_cast<int*>(shared + kFinishThreads);
         double sum = 0.0;
         int range = 0;
-        for (int i = t; i < p.k_chunks; i += kStatisticsThreads) {
+        for (int i = t; i < p.k_chunks; i += kFinishThreads) {
             const int64 place = (int64(head) * p.k_chunks + i) * 2;
             sum += p.v_partial[place];
             range = max(range, __float_as_int(p.v_partial[place + 1]));
@@ -444,7 +454,7 @@ __device__ __forceinline__ void finish_values(const QuantizeParams& p, int head,
         __syncthreads();
         shared[t] = sum;
         largest[t] = range;
-        for (int stride = kStatisticsThreads / 2; stride > 0; stride /= 2) {
+        for (int stride = kFinishThreads / 2; stride > 0; stride /= 2) {
             __syncthreads();
             if (t < stride) {
                 shared[t] += shared[t + stride];
@@ -466,12 +476,20 @@ __device__ __forceinline__ void finish_values(const QuantizeParams& p, int head,
     }
     int* const words = reinterpret_cast<int*>(shared);
     int range = 0;
-    if (t < Dp)
-        for (int i = 0; i < p.k_chunks; ++i)
-            range = max(range, __float_as_int(p.v_partial[(int64(head) * p.k_chunks + i) * Dp + t]));
+#pragma unroll 4
+    for (int i = t / Dp; i < p.k_chunks; i += kFinishThreads / Dp)
+        range = max(range, __float_as_int(p.v_partial[(int64(head) * p.k_chunks + i) * Dp + t % Dp]));
     __syncthreads();
     words[t] = range;
-    for (int stride = kStatisticsThreads / 2; stride > 0; stride /= 2) {
+    for (int stride = kFinishThreads / 2; stride >= Dp; stride /= 2) {
+        __syncthreads();
+        if (t < stride) words[t] = max(words[t], words[t + stride]);
+    }
+    __syncthreads();
+    range = t < Dp ? words[t] : 0;
+    __syncthreads();
+    words[t] = range;
+    for (int stride = kFinishThreads / 2; stride > 0; stride /= 2) {
         __syncthreads();
         if (t < stride) words[t] = max(words[t], words[t + stride]);
     }
@@ -512,7 +530,8 @@ __device__ __forceinline__ uint2 pack_unit(const float (&x)[kUnit], float invers
     uint32 b[kUnit];
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) b[i] = rounded(x[i], inverse);
-    return {pack_low_bytes(b[0], b[1], b[2], b[3]), pack_low_bytes(b[4], b[5], b[6], b[7])};
+    const uint2 words = {pack_low_bytes(b[0], b[1], b[2], b[3]), pack_low_bytes(b[4], b[5], b[6], b[7])};
+    return inverse == 0.0f ? uint2{0, 0} : words;
 }
 
 __device__ __forceinline__ void pack_queries(const QuantizeParams& p, int head, int tile) {
@@ -520,18 +539,20 @@ __device__ __forceinline__ void pack_queries(const QuantizeParams& p, int head, 
     const int first = t % kLanes * kUnit;
     const int row0 = tile * kTileKeys + t / kLanes;
     const Head source(p.q, head / p.heads, head % p.heads, p.vector_q);
-    Unit unit[kPackSteps];
-#pragma unroll
-    for (int u = 0; u < kPackSteps; ++u) source.load(unit[u], row0 + u * kPackRows, p.queries, first);
-
     Factors factors;
     factors.load(p, head / p.heads * p.kv_heads + head % p.heads / (p.heads / p.kv_heads), first, false);
+    Unit unit[kAhead];
 #pragma unroll
     for (int u = 0; u < kPackSteps; ++u) {
+        if (u % kAhead == 0) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i)
+                source.load(unit[i], row0 + (u + i) * kPackRows, p.queries, first);
+        }
         const int row = row0 + u * kPackRows;
         const int64 place = int64(head) * p.queries + row;
         float x[kUnit];
-        unit[u].get(x);
+        unit[u % kAhead].get(x);
         if (kSmooth) {
             float dot = 0.0f;
 #pragma unroll
@@ -559,17 +580,18 @@ __device__ __forceinline__ void pack_keys(const QuantizeParams& p, int head, int
     const int first = t % kLanes * kUnit;
     const int slot = t / kLanes;  // this thread's keys of the tile: slot + 16u, all of one group of keys
     const Head source(p.k, head / p.kv_heads, head % p.kv_heads, p.vector_k);
-    Unit unit[kPackSteps];
-#pragma unroll
-    for (int u = 0; u < kPackSteps; ++u)
-        source.load(unit[u], tile * kTileKeys + slot + u * kPackRows, p.keys, first);
-
+    Unit unit[kAhead];
     Factors factors;
     factors.load(p, head, first, true);
     const int64 place = int64(head) * p.tiles + tile;
     int8* const packed = p.k8 + place * (kTileKeys * Dp);
     const auto prepare = [&](float (&x)[kUnit], int u) {
-        unit[u].get(x);
+        if (u % kAhead == 0) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i)
+                source.load(unit[i], tile * kTileKeys + slot + (u + i) * kPackRows, p.keys, first);
+        }
+        unit[u % kAhead].get(x);
         if (kSmooth) {
             // Beyond the last key the tile stays zero: the mean is not subtracted there.
             const bool inside = tile * kTileKeys + slot + u * kPackRows < p.keys;
@@ -626,10 +648,14 @@ __device__ __forceinline__ void pack_values(const QuantizeParams& p, int head, i
     const int first = t % kLanes * kUnit;
     const int slot = t / kLanes;  // this thread's words of four keys: slot and slot + 16
     const Head source(p.v, head / p.kv_heads, head % p.kv_heads, p.vector_v);
-    Unit unit[kPackSteps];
+    Unit unit[kAhead];
+    static_assert(kAhead == 4, "the keys of a word");
+    const auto load = [&](int w) {
 #pragma unroll
-    for (int u = 0; u < kPackSteps; ++u)
-        source.load(unit[u], tile * kTileKeys + key_of(slot + u / 4 * 16, u % 4), p.keys, first);
+        for (int i = 0; i < kAhead; ++i)
+            source.load(unit[i], tile * kTileKeys + key_of(slot + w * 16, i), p.keys, first);
+    };
+    load(0);
 
     const int64 place = int64(head) * p.tiles + tile;
     float inverse[kUnit];  // per channel, or per key
@@ -663,8 +689,9 @@ __device__ __forceinline__ void pack_values(const QuantizeParams& p, int head, i
     if (kHalfV) {
 #pragma unroll
         for (int u = 0; u < kPackSteps; ++u) {
+            if (u == kAhead) load(1);
             float x[kUnit];
-            unit[u].get(x);
+            unit[u % kAhead].get(x);
 #pragma unroll
             for (int i = 0; i < kUnit; ++i) x[i] = inverse[i] == 0.0f ? 0.0f : mul_rn(x[i], inverse[i]);
             const int key = key_of(slot + u / 4 * 16, u % 4);
@@ -678,15 +705,18 @@ __device__ __forceinline__ void pack_values(const QuantizeParams& p, int head, i
     // Transpose through shared memory: one word holds four positions of a channel.
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
+        if (w == 1) load(1);
         uint32 byte[4][kUnit];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const int u = w * 4 + k;
             float x[kUnit];
-            unit[u].get(x);
+            unit[k].get(x);
 #pragma unroll
-            for (int i = 0; i < kUnit; ++i)
-                byte[k][i] = rounded(x[i], kValueScale == kValueToken ? inverse[u] : inverse[i]);
+            for (int i = 0; i < kUnit; ++i) {
+                const float scale = kValueScale == kValueToken ? inverse[u] : inverse[i];
+                byte[k][i] = scale == 0.0f ? 0 : rounded(x[i], scale);
+            }
         }
 #pragma unroll
         for (int i = 0; i < kUnit; ++i)
@@ -728,7 +758,7 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads) quantize_statis
 }
 
 // One block per key/value head.
-extern "C" __global__ void __launch_bounds__(kStatisticsThreads) quantize_finish(const QuantizeParams p) {
+extern "C" __global__ void __launch_bounds__(kFinishThreads) quantize_finish(const QuantizeParams p) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     double* const shared = reinterpret_cast<double*>(shared_memory);
     if (kKeyStatistics) finish_keys(p, blockIdx.x, shared);
@@ -736,7 +766,7 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads) quantize_finish
 }
 
 // Blocks: the tiles of V, then those of K, then the blocks of 128 rows of Q.
-extern "C" __global__ void __launch_bounds__(kPackThreads) quantize_pack(const QuantizeParams p) {
+extern "C" __global__ void __launch_bounds__(kPackThreads, kPackBlocks) quantize_pack(const QuantizeParams p) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     int block = blockIdx.x;
     const int blocks = p.batches * p.kv_heads * p.tiles;

@@ -1,14 +1,15 @@
 """Quantisation and attention on the GPU: buffers, launches, and the caller's stream.
 
-Nothing here waits for the device: kernels go to the current stream of CuPy, or of torch for torch tensors, and
-the calls can be captured in a CUDA graph. Two structs carry all arguments; their fields are those of
+Nothing here waits for the device: kernels go to the current stream of CuPy, or of torch for torch tensors,
+and the calls can be captured in a CUDA graph. Two structs carry all arguments; their fields are those of
 ``cuda_src/params.cuh``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,7 +74,12 @@ QUANTIZE_PARAMS = np.dtype(
 )
 
 
-# --- devices ------------------------------------------------------------------------------------------------------
+def _scalar(packed: bytes, dtype: np.dtype) -> Any:
+    """A struct as CuPy takes it by value: a NumPy scalar, in memory that may be written to."""
+    return np.frombuffer(bytearray(packed), dtype)[0]
+
+
+# --- devices ------------------------------------------------------------------------------------------------
 
 
 def unavailable() -> str | None:
@@ -138,7 +144,7 @@ def _where(x: Array) -> Any:
     return nullcontext()
 
 
-# --- arrays of any library as strided memory ------------------------------------------------------------------------
+# --- arrays of any library as strided memory ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -160,11 +166,6 @@ class _View:
         unit = self.strides[3] == 1 or self.shape[3] == 1
         return aligned and unit and self.shape[3] % 8 == 0 and self.pointer % 16 == 0
 
-    def fill(self, params: Any) -> None:
-        """Write struct Strided."""
-        params["data"] = self.pointer
-        params["batch"], params["head"], params["row"], params["channel"] = self.strides
-
 
 def _view(x: Array, layout: str) -> _View:
     """View an array of a call's q, k, v or out; float64 is converted first, host memory copied."""
@@ -183,7 +184,11 @@ def _view(x: Array, layout: str) -> _View:
         x = x.astype(np.float32)
     x = _bhsd(x, layout)
     size = x.itemsize
-    return _View(x.data.ptr, x.shape, tuple(s // size for s in x.strides), str(x.dtype), x)
+    return _View(x.data.ptr, x.shape, tuple(s // size for s in x.strides), _dtype_name(x.dtype), x)
+
+
+#: NumPy works a dtype's name out anew at every call.
+_dtype_name = lru_cache(maxsize=64)(str)
 
 
 def _bhsd(x: Array, layout: str) -> Array:
@@ -205,49 +210,37 @@ def _to_device(x: Array) -> Array:
     return cupy.asarray(arrays.to_numpy(x))
 
 
-# --- one allocation for many arrays -----------------------------------------------------------------------------------
+# --- one allocation for many arrays -------------------------------------------------------------------------
+
+_Shape = tuple[int, ...]
 
 
-class _Arena:
-    """Plans arrays, then cuts them all from one allocation of CuPy's pool."""
+class _Plan:
+    """Where arrays lie in one allocation."""
 
-    def __init__(self) -> None:
-        self._planned: dict[str, tuple[tuple[int, ...], type, int]] = {}
-        self._size = 0
-
-    def plan(self, name: str, shape: tuple[int, ...], dtype: type = np.float32) -> None:
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        self._planned[name] = (shape, dtype, self._size)
-        self._size += -(-nbytes // 256) * 256
+    def __init__(self, *arrays: tuple[str, _Shape, type]) -> None:
+        self.places: list[tuple[str, _Shape, np.dtype, int]] = []
+        self.size = 0
+        for name, shape, dtype in arrays:
+            self.places.append((name, shape, np.dtype(dtype), self.size))
+            self.size += -(-math.prod(shape) * np.dtype(dtype).itemsize // 256) * 256
 
     def allocate(self) -> dict[str, Array]:
+        """Return the arrays, cut from CuPy's pool on the current stream."""
         import cupy
 
-        memory = cupy.cuda.alloc(max(self._size, 1))
-        return {
-            name: cupy.ndarray(shape, dtype, memory + offset)
-            for name, (shape, dtype, offset) in self._planned.items()
-        }
+        memory, ndarray = cupy.cuda.alloc(max(self.size, 1)), cupy.ndarray
+        return {name: ndarray(shape, dtype, memory + offset) for name, shape, dtype, offset in self.places}
 
 
-# --- quantisation -----------------------------------------------------------------------------------------------------
+# --- quantisation -------------------------------------------------------------------------------------------
 
 _V_SCALES = {"channel": 0, "head": 1, "token": 2}
+# The constants of quantize.cu.
 _STATISTICS_THREADS = 256
 _STATISTICS_STEPS = 16
+_FINISH_THREADS = 1024
 _functions: dict[Any, Any] = {}
-
-
-@dataclass(frozen=True)
-class _Quantizer:
-    """The three kernels of quantize.cu for one recipe, head dimension and input type."""
-
-    statistics: Any
-    finish: Any
-    pack: Any
-    chunk: int  # rows of one partial result
-    pack_threads: int
-    pack_memory: int
 
 
 def quantizer_defines(recipe: Recipe, D: int, dtype: str) -> dict[str, int]:
@@ -265,83 +258,119 @@ def quantizer_defines(recipe: Recipe, D: int, dtype: str) -> dict[str, int]:
     }
 
 
-def _quantizer(recipe: Recipe, D: int, dtype: str) -> _Quantizer:
+def _function(source: str, entry: str, defines: dict[str, int], smem: int = 0) -> Any:
+    """A kernel that can be called; without the look-ups of RawKernel on every call where there is one."""
+    kernel = jit.get_function(source, entry, defines, smem=smem)
+    return getattr(kernel, "kernel", kernel)
+
+
+def _quantizer(recipe: Recipe, D: int, dtype: str) -> list[Any]:
+    """The three kernels of quantize.cu."""
     import cupy
 
     key = (cupy.cuda.runtime.getDevice(), recipe, D, dtype)
     found = _functions.get(key)
     if found is None:
-        Dp = packing.padded_head_dim(D)
         defines = quantizer_defines(recipe, D, dtype)
-        kernels = [
-            jit.get_function("quantize", f"quantize_{e}", defines) for e in ("statistics", "finish", "pack")
-        ]
-        chunk = _STATISTICS_THREADS // (Dp // 8) * _STATISTICS_STEPS
-        found = _functions[key] = _Quantizer(*kernels, chunk, 2 * Dp, Dp * (TILE // 4 + 1) * 4)
+        found = [_function("quantize", f"quantize_{e}", defines) for e in ("statistics", "finish", "pack")]
+        _functions[key] = found
     return found
 
 
-def _quantize(q: _View, k: _View, v: _View, recipe: Recipe, out_dtype: str) -> QuantizedQKV:
-    B, H, Sq, D = q.shape
-    Hkv, Sk = k.shape[1:3]
+@dataclass(frozen=True)
+class _QuantizerLaunch:
+    """Everything about a call of the quantiser that follows from its shapes."""
+
+    result: _Plan
+    scratch: _Plan
+    sizes: bytes  # of QuantizeParams, after the pointers and before the vector flags
+    statistics_blocks: int
+    finish_blocks: int
+    pack_blocks: int
+    pack_threads: int
+    pack_memory: int
+
+
+_QUANTIZER_POINTERS = tuple(
+    name for name in QUANTIZE_PARAMS.names or () if QUANTIZE_PARAMS[name] == np.uint64
+)
+
+
+@lru_cache(maxsize=1024)
+def _quantizer_launch(recipe: Recipe, B: int, H: int, Hkv: int, Sq: int, Sk: int, D: int) -> _QuantizerLaunch:
     Dp, tiles = packing.padded_head_dim(D), tiles_of(Sk)
-    half = recipe.v_format == "fp16"
+    chunk = _STATISTICS_THREADS // (Dp // 8) * _STATISTICS_STEPS
+    q_chunks, k_chunks = -(-Sq // chunk), -(-Sk // chunk)
+    f32, key_statistics = np.float32, recipe.smooth_k or recipe.equalize
 
-    result = _Arena()
-    result.plan("q8", (B, H, Sq, Dp), np.int8)
-    result.plan("q_scale", (B, H, Sq))
-    result.plan("k8", (B, Hkv, tiles, TILE * Dp), np.int8)
-    result.plan("k_scale", _k_scale_shape(recipe, B, Hkv, tiles))
-    if half:
-        result.plan("v8", (B, Hkv, tiles * TILE, Dp), np.float16)
-    else:
-        result.plan("v8", (B, Hkv, tiles, Dp * TILE), np.int8)
-    result.plan("v_scale", (B, Hkv, Dp))
-    result.plan("guard", (B, Hkv))
+    v8: Any = ("v8", (B, Hkv, tiles, Dp * TILE), np.int8)
+    if recipe.v_format == "fp16":
+        v8 = ("v8", (B, Hkv, tiles * TILE, Dp), np.float16)
+    result: list[Any] = [
+        ("q8", (B, H, Sq, Dp), np.int8),
+        ("q_scale", (B, H, Sq), f32),
+        ("k8", (B, Hkv, tiles, TILE * Dp), np.int8),
+        ("k_scale", _k_scale_shape(recipe, B, Hkv, tiles), f32),
+        v8,
+        ("v_scale", (B, Hkv, Dp), f32),
+        ("guard", (B, Hkv), f32),
+    ]
+    scratch: list[Any] = [
+        ("v_statistic", (B, Hkv, Dp), f32),
+        ("v_partial", (B, Hkv, k_chunks, 2 if recipe.folded_v else Dp), f32),
+    ]
+    statistics = B * Hkv * k_chunks
     if recipe.folded_v:
-        result.plan("v_fold", (B, Hkv, tiles * TILE, 2))
-        result.plan("v_token", (B, Hkv, tiles * TILE))
+        result += [("v_fold", (B, Hkv, tiles * TILE, 2), f32), ("v_token", (B, Hkv, tiles * TILE), f32)]
     if recipe.smooth_k:
-        result.plan("lse_shift", (B, H, Sq))
-        result.plan("k_mean", (B, Hkv, Dp))
+        result += [("lse_shift", (B, H, Sq), f32), ("k_mean", (B, Hkv, Dp), f32)]
+    if key_statistics:
+        scratch += [("k_partial", (B, Hkv, k_chunks, 3, Dp), f32)]
+        statistics += B * Hkv * k_chunks
     if recipe.equalize:
-        result.plan("equalizer", (B, Hkv, 2, Dp))
-    made = result.allocate()
-
-    if B * H and Sk:
-        _launch_quantizer(q, k, v, recipe, made, tiles)
-    elif B * H and Sq:  # no key: Q is not looked at, and no kernel is launched
-        for x in made.values():
-            x.fill(0)
-
-    token = made.get("v_token")
-    v_scale = made["v_scale"]
-    return QuantizedQKV(
-        QuantizedTensor(made["q8"], made["q_scale"], "int8", "token", (B, H, Sq, D), "q", "packed"),
-        QuantizedTensor(
-            made["k8"], made["k_scale"], "int8", recipe.k_granularity, (B, Hkv, Sk, D), "k", "packed"
-        ),
-        QuantizedTensor(
-            made["v8"],
-            token
-            if token is not None
-            else v_scale
-            if recipe.v_granularity == "channel"
-            else v_scale[:, :, 0],
-            recipe.v_format,
-            recipe.v_granularity,
-            (B, Hkv, Sk, D),
-            "v",
-            "packed",
-        ),
-        recipe,
-        lse_shift=made.get("lse_shift"),
-        out_dtype=out_dtype,
-        extra={"operands": made},
+        result += [("equalizer", (B, Hkv, 2, Dp), f32)]
+        scratch += [("q_partial", (B, H, q_chunks, Dp), f32)]
+        statistics += B * H * q_chunks
+    return _QuantizerLaunch(
+        _Plan(*result),
+        _Plan(*scratch),
+        struct.pack("<9i", B, H, Hkv, Sq, Sk, D, tiles, q_chunks, k_chunks),
+        statistics_blocks=statistics,
+        finish_blocks=B * Hkv,
+        pack_blocks=2 * B * Hkv * tiles + B * H * -(-Sq // TILE),
+        pack_threads=2 * Dp,
+        pack_memory=Dp * (TILE // 4 + 1) * 4,
     )
 
 
-def _k_scale_shape(recipe: Recipe, B: int, Hkv: int, tiles: int) -> tuple[int, ...]:
+def _quantize(q: _View, k: _View, v: _View, recipe: Recipe) -> dict[str, Array]:
+    """Launch the quantiser; return the packed operands by the names of struct QuantizeParams."""
+    B, H, Sq, D = q.shape
+    launch = _quantizer_launch(recipe, B, H, k.shape[1], Sq, k.shape[2], D)
+    made = launch.result.allocate()
+    if not (B * H and k.shape[2]):  # without a head or a key nothing is launched, here or later
+        for x in made.values():
+            x.fill(0)
+        return made
+    statistics, finish, pack = _quantizer(recipe, D, q.dtype)
+    held = launch.scratch.allocate()
+    pointers = {name: x.data.ptr for x_by_name in (made, held) for name, x in x_by_name.items()}
+    params = struct.pack(
+        f"<15q{len(_QUANTIZER_POINTERS)}Q36s3i",
+        *(q.pointer, *q.strides, k.pointer, *k.strides, v.pointer, *v.strides),
+        *(pointers.get(name, 0) for name in _QUANTIZER_POINTERS),
+        launch.sizes,
+        *(q.vector(), k.vector(), v.vector()),
+    )
+    args = (_scalar(params, QUANTIZE_PARAMS),)
+    threads = _STATISTICS_THREADS
+    statistics((launch.statistics_blocks,), (threads,), args, shared_mem=threads * 8 * 4)
+    finish((launch.finish_blocks,), (_FINISH_THREADS,), args, shared_mem=_FINISH_THREADS * (8 + 3 * 4))
+    pack((launch.pack_blocks,), (launch.pack_threads,), args, shared_mem=launch.pack_memory)
+    return made
+
+
+def _k_scale_shape(recipe: Recipe, B: int, Hkv: int, tiles: int) -> _Shape:
     return {
         "token": (B, Hkv, tiles * TILE),
         "group": (B, Hkv, tiles, 4),
@@ -349,55 +378,36 @@ def _k_scale_shape(recipe: Recipe, B: int, Hkv: int, tiles: int) -> tuple[int, .
     }[recipe.k_granularity]
 
 
-def _launch_quantizer(
-    q: _View, k: _View, v: _View, recipe: Recipe, made: dict[str, Array], tiles: int
-) -> None:
-    B, H, Sq, D = q.shape
-    Hkv, Sk = k.shape[1:3]
-    Dp = packing.padded_head_dim(D)
-    kernels = _quantizer(recipe, D, q.dtype)
-    q_chunks, k_chunks = -(-Sq // kernels.chunk), -(-Sk // kernels.chunk)
-
-    scratch = _Arena()
-    scratch.plan("v_statistic", (B, Hkv, Dp))
-    scratch.plan("v_partial", (B, Hkv, k_chunks, 2 if recipe.folded_v else Dp))
-    key_statistics = recipe.smooth_k or recipe.equalize
-    if key_statistics:
-        scratch.plan("k_partial", (B, Hkv, k_chunks, 3, Dp))
-    if recipe.equalize:
-        scratch.plan("q_partial", (B, H, q_chunks, Dp))
-    held = scratch.allocate()
-
-    params = np.zeros((), QUANTIZE_PARAMS)
-    for name, view in (("q", q), ("k", k), ("v", v)):
-        view.fill(params[name])
-        params[f"vector_{name}"] = view.vector()
-    for name, array in (*made.items(), *held.items()):
-        params[name] = array.data.ptr
-    params["batches"], params["heads"], params["kv_heads"] = B, H, Hkv
-    params["queries"], params["keys"], params["channels"], params["tiles"] = Sq, Sk, D, tiles
-    params["q_chunks"], params["k_chunks"] = q_chunks, k_chunks
-    args = (params[()],)
-
-    chunks = B * Hkv * k_chunks * (2 if key_statistics else 1)
-    if recipe.equalize:
-        chunks += B * H * q_chunks
-    row_tiles = -(-Sq // TILE)
-    threads = _STATISTICS_THREADS
-    kernels.statistics((chunks,), (threads,), args, shared_mem=threads * 8 * 4)
-    kernels.finish((B * Hkv,), (threads,), args, shared_mem=threads * (8 + 3 * 4))
-    kernels.pack(
-        (2 * B * Hkv * tiles + B * H * row_tiles,),
-        (kernels.pack_threads,),
-        args,
-        shared_mem=kernels.pack_memory,
+def _packed(made: dict[str, Array], recipe: Recipe, shapes: tuple[Any, ...], out_dtype: str) -> QuantizedQKV:
+    """The container of packed operands."""
+    v_scale = made["v_scale"]
+    if recipe.folded_v:
+        v_scale = made["v_token"]
+    elif recipe.v_granularity != "channel":
+        v_scale = v_scale[:, :, 0]
+    q_shape, k_shape, v_shape = shapes
+    return QuantizedQKV(
+        QuantizedTensor(made["q8"], made["q_scale"], "int8", "token", q_shape, "q", "packed"),
+        QuantizedTensor(made["k8"], made["k_scale"], "int8", recipe.k_granularity, k_shape, "k", "packed"),
+        QuantizedTensor(made["v8"], v_scale, recipe.v_format, recipe.v_granularity, v_shape, "v", "packed"),
+        recipe,
+        lse_shift=made.get("lse_shift"),
+        out_dtype=out_dtype,
+        extra={"operands": made},
     )
 
 
 def quantize(q: Array, k: Array, v: Array, plan: Plan, *, layout: str = "bhsd") -> QuantizedQKV:
     """Quantise on the device into the packed layout. See :func:`intfa_cupy.quantize_qkv`."""
     with _where(q):
-        return _quantize(*(_view(x, layout) for x in (q, k, v)), plan.problem.recipe, arrays.dtype_name(q))
+        views = _views(q, k, v, layout)
+        recipe = plan.problem.recipe
+        made = _quantize(*views, recipe)
+        return _packed(made, recipe, tuple(x.shape for x in views), arrays.dtype_name(q))
+
+
+def _views(q: Array, k: Array, v: Array, layout: str) -> tuple[_View, _View, _View]:
+    return _view(q, layout), _view(k, layout), _view(v, layout)
 
 
 def upload(qkv: QuantizedQKV) -> QuantizedQKV:
@@ -407,10 +417,11 @@ def upload(qkv: QuantizedQKV) -> QuantizedQKV:
     from .model import guard
 
     recipe = qkv.recipe
+    v_token: Any = qkv.v.scale
     B, Hkv, Sk, D = qkv.k.shape
     Dp, tiles = packing.padded_head_dim(D), tiles_of(Sk)
 
-    def padded(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+    def padded(x: Any, axis: int, size: int) -> np.ndarray:
         width = [(0, 0)] * x.ndim
         width[axis] = (0, size - x.shape[axis])
         return np.pad(x, width)
@@ -425,107 +436,88 @@ def upload(qkv: QuantizedQKV) -> QuantizedQKV:
     v_scale = np.zeros((B, Hkv, Dp), np.float32)
     if recipe.folded_v:
         with np.errstate(invalid="ignore"):
-            largest = qkv.v.scale.max(axis=2, keepdims=True, initial=0)
-            pairs = np.stack([np.log2(qkv.v.scale / largest), largest / qkv.v.scale], axis=3)
+            largest = v_token.max(axis=2, keepdims=True, initial=0)
+            pairs = np.stack([np.log2(v_token / largest), largest / v_token], axis=3)
         values["v_fold"] = padded(pairs, 2, tiles * TILE)
-        values["v_token"] = padded(qkv.v.scale, 2, tiles * TILE)
+        values["v_token"] = padded(v_token, 2, tiles * TILE)
         v_scale[:] = largest
     elif recipe.v_granularity == "channel":
-        v_scale[..., :D] = qkv.v.scale
+        v_scale[..., :D] = v_token
     else:
-        v_scale[:] = qkv.v.scale[..., None]
+        v_scale[:] = v_token[..., None]
     values["v_scale"] = v_scale
     values["guard"] = guard(qkv)
     if qkv.lse_shift is not None:
         values["lse_shift"] = qkv.lse_shift
     made = {name: cupy.asarray(np.ascontiguousarray(x)) for name, x in values.items()}
 
-    def packed(t: QuantizedTensor, scale: Array) -> QuantizedTensor:
-        return QuantizedTensor(
-            made[f"{t.which}8"], scale, t.format, t.granularity, t.shape, t.which, "packed"
-        )
-
-    token = made.get("v_token")
-    channel = made["v_scale"] if recipe.v_granularity == "channel" else made["v_scale"][:, :, 0]
-    return QuantizedQKV(
-        packed(qkv.q, made["q_scale"]),
-        packed(qkv.k, made["k_scale"]),
-        packed(qkv.v, channel if token is None else token),
-        recipe,
-        lse_shift=made.get("lse_shift"),
-        out_dtype=qkv.out_dtype,
-        extra={"operands": made},
-    )
+    return _packed(made, recipe, (qkv.q.shape, qkv.k.shape, qkv.v.shape), qkv.out_dtype)
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ----------------------------------------------------------------------------------------------
 
-_FIELDS = ("q", "q_scale", "k", "k_scale", "v", "v_scale", "v_fold", "guard", "lse_shift")
-_OPERAND = {"q": "q8", "k": "k8", "v": "v8"}
+_OPERANDS = ("q8", "q_scale", "k8", "k_scale", "v8", "v_scale", "v_fold", "guard", "lse_shift")
+_Strides = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class _Launch:
     """A kernel with everything filled in that does not change from call to call on the same operands."""
 
+    tile: Tile
     kernel: Any
     grid: tuple[int]
     block: tuple[int]
-    shared_memory: int
-    params: Any  # numpy.void of ATTENTION_PARAMS
+    operands: bytes  # AttentionParams up to the output
+    sizes: bytes  # and after its strides
 
-    def __call__(
-        self,
-        problem: Problem,
-        out: int,
-        strides: tuple[int, int, int, int],
-        lse: int,
-    ) -> None:
-        params = self.params.copy()
-        params["out"], params["lse"] = out, lse
-        params["out_batch"], params["out_head"], params["out_row"], params["out_channel"] = strides
-        params["left"] = problem.left if 0 <= problem.left < _UNBOUNDED else _UNBOUNDED
-        params["right"] = problem.right if 0 <= problem.right < _UNBOUNDED else _UNBOUNDED
-        params["scale"], params["scale_log2"] = problem.scale, problem.scale * _LOG2E
-        self.kernel(self.grid, self.block, (params,), shared_mem=self.shared_memory)
-
-
-def _prepare(qkv: QuantizedQKV, tile: Tile, out_dtype: str) -> _Launch:
-    """The launch of a tile on these operands, made once and kept with them."""
-    launches = qkv.extra.setdefault("launches", {})
-    launch = launches.get((tile, out_dtype))
-    if launch is not None:
-        return launch
-    B, H, Sq, D = qkv.q.shape
-    Hkv, Sk = qkv.k.shape[1:3]
-    row_blocks = -(-Sq // tile.rows)
-    params = np.zeros((), ATTENTION_PARAMS)
-    operands = qkv.extra["operands"]
-    for name in _FIELDS:
-        array = operands.get(_OPERAND.get(name, name))
-        params[name] = 0 if array is None else array.data.ptr
-    sizes = {
-        "batches": B, "heads": H, "kv_heads": Hkv, "queries": Sq, "keys": Sk, "channels": D,
-        "tiles": tiles_of(Sk), "row_blocks": row_blocks,
-    }  # fmt: skip
-    for name, size in sizes.items():
-        params[name] = size
-    blocks = B * H * row_blocks
-    kernel = jit.get_function(tile.entry, tile.entry, tile.defines(out_dtype), smem=tile.shared_memory)
-    grid = min(blocks, device().sms) if tile.persistent else blocks
-    launch = _Launch(kernel, (grid,), (tile.threads,), tile.shared_memory, params[()])
-    launches[tile, out_dtype] = launch
-    return launch
+    def __call__(self, problem: Problem, out: int, strides: _Strides, lse: int) -> None:
+        left, right, scale = problem.left, problem.right, problem.scale
+        params = struct.pack(
+            "<72sQQ4q32sii2f",
+            self.operands,
+            out,
+            lse,
+            *strides,
+            self.sizes,
+            left if 0 <= left < _UNBOUNDED else _UNBOUNDED,
+            right if 0 <= right < _UNBOUNDED else _UNBOUNDED,
+            scale,
+            scale * _LOG2E,
+        )
+        args = (_scalar(params, ATTENTION_PARAMS),)
+        self.kernel(self.grid, self.block, args, shared_mem=self.tile.shared_memory)
 
 
-def _run(qkv: QuantizedQKV, plan: Plan, out: _View, lse: Array | None) -> None:
-    """Launch the attention kernel; `out` in a type that kernels write."""
-    problem = plan.problem
-    if not (problem.B and problem.H and problem.Sq):
-        return
-    if problem.Sk == 0:
-        raise AssertionError("a call without keys launches nothing")
-    _prepare(qkv, plan.tile, out.dtype)(problem, out.pointer, out.strides, 0 if lse is None else lse.data.ptr)
+def _prepare(operands: dict[str, Array], problem: Problem, tile: Tile, out_dtype: str) -> _Launch:
+    row_blocks = -(-problem.Sq // tile.rows)
+    blocks = problem.B * problem.H * row_blocks
+    pointers = [0 if (x := operands.get(name)) is None else x.data.ptr for name in _OPERANDS]
+    p = problem
+    return _Launch(
+        tile,
+        _attention_function(device_number(), tile, out_dtype),
+        (min(blocks, device().sms) if tile.persistent else blocks,),
+        (tile.threads,),
+        struct.pack("<9Q", *pointers),
+        struct.pack("<8i", p.B, p.H, p.Hkv, p.Sq, p.Sk, p.D, tiles_of(p.Sk), row_blocks),
+    )
+
+
+def device_number() -> int:
+    """Return the number of the current device."""
+    import cupy
+
+    return int(cupy.cuda.runtime.getDevice())
+
+
+def _attention_function(ordinal: int, tile: Tile, out_dtype: str) -> Any:
+    key = (ordinal, tile, out_dtype)
+    found = _functions.get(key)
+    if found is None:
+        defines = tile.defines(out_dtype)
+        found = _functions[key] = _function(tile.entry, tile.entry, defines, tile.shared_memory)
+    return found
 
 
 def attention_quantized(qkv: QuantizedQKV, plan: Plan) -> Any:
@@ -534,19 +526,26 @@ def attention_quantized(qkv: QuantizedQKV, plan: Plan) -> Any:
 
     if qkv.q.layout == "plain":
         return _on_host(attention_quantized(upload(qkv), plan))
-    problem = plan.problem
-    with _where(qkv.q.values):
-        shape = (problem.B, problem.H, problem.Sq, problem.D)
-        out_dtype = "float32" if problem.out_dtype == "float64" else problem.out_dtype
-        out = cupy.empty(shape, _dtype(out_dtype))
-        lse = cupy.empty(shape[:3], np.float32) if problem.return_lse else None
-        if problem.Sk:
-            strides = (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
-            _run(qkv, plan, _View(out.data.ptr, shape, strides, out_dtype, out), lse)
-        else:
-            _fill_empty(out, lse)
-        if problem.out_dtype == "float64":
-            out = out.astype(np.float64)
+    home = qkv.q.values.device.id
+    if home != cupy.cuda.runtime.getDevice():
+        with cupy.cuda.Device(home):
+            return attention_quantized(qkv, plan)
+    problem, tile = plan.problem, plan.tile
+    B, H, Sq, D = shape = (problem.B, problem.H, problem.Sq, problem.D)
+    out_dtype = "float32" if problem.out_dtype == "float64" else problem.out_dtype
+    out = cupy.empty(shape, _dtype(out_dtype))
+    lse = cupy.empty((B, H, Sq), np.float32) if problem.return_lse else None
+    if problem.Sk == 0:
+        _fill_empty(out, lse)
+    elif B * H * Sq:
+        launches = qkv.extra.setdefault("launches", {})
+        launch = launches.get((id(tile), out_dtype))
+        if launch is None or launch.tile is not tile:
+            launch = _prepare(qkv.extra["operands"], problem, tile, out_dtype)
+            launches[id(tile), out_dtype] = launch
+        launch(problem, out.data.ptr, (H * Sq * D, Sq * D, D, 1), 0 if lse is None else lse.data.ptr)
+    if problem.out_dtype == "float64":
+        out = out.astype(np.float64)
     return out if lse is None else (out, lse)
 
 
@@ -578,14 +577,16 @@ def attention(
     result: Array
     ndim = len(arrays.shape(q))
     with _where(q):
-        qkv = _quantize(*(_view(x, layout) for x in (q, k, v)), problem.recipe, problem.out_dtype)
+        operands = _quantize(*_views(q, k, v, layout), problem.recipe)
         in_place = out is not None and _on_device(out) and problem.out_dtype != "float64"
         result = out if in_place else _empty_like(q, problem.out_dtype)
         lse = cupy.empty((problem.B, problem.H, problem.Sq), np.float32) if problem.return_lse else None
-        if problem.Sk:
-            _run(qkv, plan, _view(result, layout), lse)
-        else:
+        if problem.Sk == 0:
             _fill_empty(result if arrays.kind(result) == "cupy" else _as_cupy(result), lse)
+        elif problem.B * problem.H * problem.Sq:
+            target = _view(result, layout)
+            launch = _prepare(operands, problem, plan.tile, target.dtype)
+            launch(problem, target.pointer, target.strides, 0 if lse is None else lse.data.ptr)
         done = _hand_back(result, q, problem.out_dtype, None if in_place else out)
         if lse is None:
             return done
@@ -627,10 +628,7 @@ def _hand_back(result: Array, q: Array, dtype: str, out: Array | None) -> Array:
         if arrays.kind(out) == "numpy":
             np.copyto(out, result.get())
         elif arrays.kind(result) == arrays.kind(out):
-            copy: Callable[[Any], Any] = (
-                out.copy_ if arrays.kind(out) == "torch" else lambda x: cupy_copyto(out, x)
-            )
-            copy(result)
+            _copy(out, result)
         else:
             out.copy_(arrays.like(result.get(), q, dtype))
         return out
@@ -654,6 +652,9 @@ def _hand_back(result: Array, q: Array, dtype: str, out: Array | None) -> Array:
     return arrays.like(result.get(), q, dtype)
 
 
-def cupy_copyto(out: Array, x: Array) -> None:
-    """Copy one CuPy array into another."""
-    out[...] = x
+def _copy(out: Array, x: Array) -> None:
+    """Copy between two arrays of the same library."""
+    if arrays.kind(out) == "torch":
+        out.copy_(x)
+    else:
+        out[...] = x

@@ -20,6 +20,7 @@ __all__ = ["DESCRIPTION", "OUTPUTS", "Device", "Tile", "device_problem", "find",
 
 DESCRIPTION = {
     "wgmma": "INT8 tensor cores of Hopper, 64-row instructions on shared memory",
+    "mma": "tensor cores by mma.sync, everything in registers; Ampere and later",
     "wmma": "portable WMMA kernel for every NVIDIA GPU since Turing",
 }
 #: Element types that kernels write, and their numbers in cuda_src/params.cuh.
@@ -27,6 +28,8 @@ OUTPUTS = {"float16": 0, "bfloat16": 1, "float32": 2}
 K_SCALES = {"token": 0, "group": 1, "tile": 2, "channel": 3}
 
 _MAX_BLOCKS = 2**31 - 1
+# A block takes this much more of its multiprocessor's shared memory than it asked for.
+_RESERVED = 1024
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,14 @@ class Tile:
         """str : Source file and entry of the kernel."""
         return f"attention_{self.kernel}"
 
+    @property
+    def min_blocks(self) -> int:
+        """int : Blocks per multiprocessor that the kernel is compiled for."""
+        return dict(self.macros).get("INTFA_MIN_BLOCKS", 1)
+
     def defines(self, out_dtype: str) -> dict[str, int]:
         """Return the macros for an output type."""
-        name = "INTFA_OUT" if self.kernel == "wmma" else "OUT_DTYPE"
+        name = "OUT_DTYPE" if self.kernel == "wgmma" else "INTFA_OUT"
         return {**dict(self.macros), name: OUTPUTS[out_dtype]}
 
     def __str__(self) -> str:
@@ -94,7 +102,7 @@ class Tile:
         )
 
 
-# --- wmma ---------------------------------------------------------------------------------------------------------
+# --- wmma ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -108,12 +116,12 @@ class _Wmma:
     min_blocks: int = 1  # blocks per multiprocessor that the compiler leaves registers for
 
 
-# By padded head dimension, the best first; the first that fits the device's shared memory is taken. Three blocks per
-# multiprocessor (d = 64) or two (d = 128) want 168 or 255 registers per thread, which is what the exponents of 64
-# keys and the output need; d = 256 leaves no room for the exponents.
+# By padded head dimension, the best first; the first that fits the device is taken. The exponents of 64 keys
+# and the output want 168 registers at d = 64 and 255 at d = 128, which allows three and two blocks per
+# multiprocessor; at d = 256 there is no room for the exponents.
 _WMMA = {
     64: (_Wmma(min_blocks=3), _Wmma(buffers=1)),
-    128: (_Wmma(min_blocks=2), _Wmma(buffers=1)),
+    128: (_Wmma(min_blocks=2), _Wmma(buffers=1), _Wmma(warps=2, buffers=1)),
     256: (
         _Wmma(query_in_registers=False, keep_scores=False),
         _Wmma(warps=2, query_in_registers=False, keep_scores=False),
@@ -165,10 +173,14 @@ def _wmma_missing(recipe: Recipe) -> Iterator[str]:
 
 
 def _wmma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
-    return [_wmma_tile(recipe, Dp, option) for option in _WMMA[Dp]]
+    options = _WMMA[Dp]
+    if recipe.k_granularity != "token" and not recipe.folded_v and Dp < 256:
+        # Without a scale per key one more block fits, if Q leaves the registers.
+        options = (_Wmma(query_in_registers=False, min_blocks=3), *options)
+    return [_wmma_tile(recipe, Dp, option) for option in options]
 
 
-# --- wgmma --------------------------------------------------------------------------------------------------------
+# --- wgmma --------------------------------------------------------------------------------------------------
 
 
 def _wgmma_missing(recipe: Recipe) -> Iterator[str]:
@@ -183,7 +195,7 @@ def _wgmma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
     stages = {64: 8, 128: 5, 256: 2}[Dp]
     group = recipe.k_granularity == "group"
     aux = (16 if group else 4 * TILE) + (8 * TILE if recipe.folded_v else 0)
-    shared = 256 * Dp * (1 + stages) + stages * aux + 1024 + 16 * Dp + 256 + 8 * (4 * stages + 12)
+    shared = 256 * Dp * (1 + stages) + stages * aux + 1024 + 16 * Dp + 256 + 8 * (4 * stages + 6)
     macros = {
         "DP": Dp,
         "K_SCALE": K_SCALES[recipe.k_granularity],
@@ -195,7 +207,76 @@ def _wgmma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
     return [Tile("wgmma", 128, 384, shared, tuple(macros.items()), persistent=True)]
 
 
-# --- choosing -----------------------------------------------------------------------------------------------------
+# --- mma ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Mma:
+    """Options of attention_mma.cu that change no result."""
+
+    warps: int = 4
+    k_buffers: int = 2
+    v_buffers: int = 1
+    beside: int = 4  # fragments of keys whose probabilities are worked out beside the second product
+    fence: int = 0  # how closely the compiler is held to the order of the source
+    query_in_registers: bool = True
+    min_blocks: int = 1
+
+
+def _mma_options(recipe: Recipe, Dp: int) -> list[_Mma]:
+    """Options for a padded head dimension, the best first."""
+    if Dp == 64:
+        folded = recipe.folded_v  # its logarithms take the registers that Q would have
+        return [_Mma(beside=2 if folded else 4, query_in_registers=not folded, min_blocks=3)]
+    if Dp == 128:
+        return [_Mma(min_blocks=2), _Mma(k_buffers=1, min_blocks=2)]
+    fence = 2 if recipe.integer_p else 0
+    return [_Mma(k_buffers=1, beside=0, fence=fence, query_in_registers=False)]
+
+
+_MMA_FORMATS = {"int8": 0, "fp16": 2}
+
+
+def _mma_tile(recipe: Recipe, Dp: int, option: _Mma) -> Tile:
+    value_bytes = 2 if recipe.v_format == "fp16" else 1
+    scales = (4 * TILE if recipe.k_granularity == "token" else 0) + (8 * TILE if recipe.folded_v else 0)
+    shared = option.k_buffers * TILE * Dp + option.v_buffers * TILE * Dp * value_bytes + 2 * scales + 16
+    if not option.query_in_registers:
+        shared += option.warps * 16 * Dp
+    macros = {
+        "INTFA_DP": Dp,
+        "INTFA_WARPS": option.warps,
+        "INTFA_M_TILES": 1,
+        "INTFA_K_BUFFERS": option.k_buffers,
+        "INTFA_V_BUFFERS": option.v_buffers,
+        "INTFA_BESIDE": option.beside,
+        "INTFA_FENCE": option.fence,
+        "INTFA_QUERY_IN_REGISTERS": int(option.query_in_registers),
+        "INTFA_MIN_BLOCKS": option.min_blocks,
+        "INTFA_SMEM": shared,
+        "INTFA_Q_FORMAT": _MMA_FORMATS[recipe.q_format],
+        "INTFA_K_FORMAT": _MMA_FORMATS[recipe.k_format],
+        "INTFA_V_FORMAT": _MMA_FORMATS[recipe.v_format],
+        "INTFA_P_LEVELS": recipe.p_levels,
+        "INTFA_P_RUNNING": int(recipe.p_max == "running"),
+        "INTFA_K_SCALE": K_SCALES[recipe.k_granularity],
+        "INTFA_Q_CHANNEL_SCALE": 0,
+        "INTFA_V_FOLDED": int(recipe.folded_v),
+    }
+    return Tile("mma", 16 * option.warps, 32 * option.warps, shared, tuple(macros.items()))
+
+
+def _mma_missing(recipe: Recipe) -> Iterator[str]:
+    yield from _wmma_missing(recipe)
+    if recipe.folded_v and recipe.k_granularity != "token":
+        yield f"folded V with K's scale per {recipe.k_granularity} (has token)"
+
+
+def _mma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
+    return [_mma_tile(recipe, Dp, option) for option in _mma_options(recipe, Dp)]
+
+
+# --- choosing -----------------------------------------------------------------------------------------------
 
 
 def _int8_qk_missing(recipe: Recipe, k_granularities: tuple[str, ...]) -> Iterator[str]:
@@ -217,6 +298,9 @@ class _Kernel:
 
 _KERNELS = {
     "wgmma": _Kernel(_wgmma_tiles, _wgmma_missing, ("sm_90a",)),
+    "mma": _Kernel(
+        _mma_tiles, _mma_missing, ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+    ),
     "wmma": _Kernel(
         _wmma_tiles,
         _wmma_missing,
@@ -233,6 +317,8 @@ def device_problem(name: str, device: Device) -> str | None:
         return "this build has no such kernel"
     if name == "wgmma" and device.capability != 90:
         return f"needs compute capability 9.0 (Hopper); {device.name} has {device.capability / 10:.1f}"
+    if name == "mma" and device.capability < 80:
+        return f"needs compute capability 8.0 or later; {device.name} has {device.capability / 10:.1f}"
     if device.capability < 75:
         return f"needs compute capability 7.5 or later; {device.name} has {device.capability / 10:.1f}"
     return None
@@ -247,9 +333,11 @@ def _choose(name: str, recipe: Recipe, Dp: int, device: Device) -> tuple[Tile | 
     if missing:
         return None, "lacks " + "; ".join(missing)
     tiles = _KERNELS[name].tiles(recipe, Dp)
-    for tile in tiles:
-        if tile.shared_memory <= device.shared_memory:
-            return tile, None
+    # The first that lets a multiprocessor hold the blocks it was compiled for, else the first that fits.
+    for needs in (lambda tile: tile.min_blocks, lambda tile: 1):
+        for tile in tiles:
+            if needs(tile) * (tile.shared_memory + _RESERVED) <= device.shared_memory + _RESERVED:
+                return tile, None
     least = min(tile.shared_memory for tile in tiles)
     return (
         None,
@@ -286,7 +374,7 @@ def find(name: str, problem: Problem, device: Device) -> tuple[Tile | None, str 
 
 
 def variants(name: str, recipe: Recipe, arch: str) -> list[Tile]:
-    """Return every tile of a kernel that an architecture can run for a recipe, one list for all head dimensions."""
+    """Return every tile of a kernel that an architecture can run for a recipe, of all head dimensions."""
     kernel = _KERNELS[name]
     if arch not in kernel.architectures or any(True for _ in kernel.missing(recipe)):
         return []

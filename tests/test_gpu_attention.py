@@ -1,0 +1,156 @@
+"""Attention kernels on the device against the NumPy model, through the public functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import strategies as sts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cpu_cuda_kernels import check_against_model
+from test_gpu_quantize import to_device
+
+import intfa_cupy as intfa
+from intfa_cupy import Recipe, dispatch, packing
+
+pytestmark = pytest.mark.gpu
+R = intfa.recipes()
+KERNELS = ("wgmma", "mma", "wmma")
+RECIPES = [R[n] for n in ("int8", "int8-fast", "paper-int8", "half-int8", "half-int8-plus")] + [
+    Recipe(k_granularity="tile", v_granularity="head", p_levels=127),
+    Recipe(p_max="running", v_granularity="token"),
+]
+HEAD_DIMS = (1, 33, 64, 80, 128, 256)
+LENGTHS = (*sts.LENGTHS, 513, 1000)
+
+
+def poisoned(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Memory full of NaN, which a kernel must overwrite to the last element."""
+    import cupy
+
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return cupy.full(nbytes, 255, np.uint8).view(dtype).reshape(shape)
+
+
+@settings(max_examples=500)
+@given(
+    case=sts.cases(
+        lengths=LENGTHS,
+        head_dims=HEAD_DIMS,
+        dtypes=("float16", "bfloat16", "float32"),
+        distributions=[d for d in sts.DISTRIBUTIONS if d != "huge"],
+    ),
+    recipe=st.sampled_from(RECIPES),
+    kernel=st.sampled_from(KERNELS),
+)
+def test_kernels_agree_with_the_model(case: sts.Case, recipe: Recipe, kernel: str) -> None:
+    """Any shape, mask, grouping, type and strides that a kernel says it serves."""
+    x = [to_device(a) for a in case.arrays()]
+    call: dict[str, Any] = {"recipe": recipe, "backend": kernel, **case.call}
+    try:
+        intfa.explain(*x, **call)
+    except dispatch.UnsupportedError:
+        return
+    qkv = packing.to_host(intfa.quantize_qkv(*x, recipe=recipe, layout=case.layout, backend=kernel))
+    target = poisoned(x[0].shape, x[0].dtype)
+    out, lse = intfa.attention(*x, **call, out=target, return_lse=True)
+    assert out is target
+    again = intfa.attention(*x, **call)
+    assert again.get().tobytes() == out.get().tobytes(), "two runs differ"
+    logical, lse = case.logical_again(out.get()), lse.get().reshape(case.B, case.H, case.Sq)
+    check_against_model(qkv, case, case.problem(recipe), logical, lse)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_output_strides(kernel: str) -> None:
+    """A result is written where the caller says and nowhere else."""
+    import cupy
+
+    x = [to_device(a) for a in sts.Case(H=2, Sq=100, Sk=150, D=80, dtype="float16").logical()]
+    try:
+        expected = intfa.attention(*x, backend=kernel)
+    except dispatch.UnsupportedError as error:
+        pytest.skip(str(error))
+    memory = cupy.full((1, 2, 80 * 2, 100 * 3), 7, np.float16)
+    target = memory[:, :, ::2, ::3].swapaxes(2, 3)
+    intfa.attention(*x, backend=kernel, out=target)
+    np.testing.assert_array_equal(target.get(), expected.get())
+    memory[:, :, ::2, ::3] = 7
+    assert bool((memory == 7).all())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_call_in_a_graph_on_another_stream(kernel: str) -> None:
+    """Nothing waits for the device: the call can be captured, and replays on its stream."""
+    import cupy
+
+    case = sts.Case(H=4, Hkv=2, Sq=300, Sk=300, dtype="float16", is_causal=True)
+    x = [to_device(a) for a in case.logical()]
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        try:
+            expected = intfa.attention(*x, backend=kernel, is_causal=True)
+        except dispatch.UnsupportedError as error:
+            pytest.skip(str(error))
+        out = intfa.attention(*x, backend=kernel, is_causal=True)
+        stream.begin_capture()
+        intfa.attention(*x, backend=kernel, is_causal=True, out=out)
+        graph = stream.end_capture()
+        out.fill(np.nan)
+        graph.launch(stream)
+    stream.synchronize()
+    np.testing.assert_array_equal(out.get(), expected.get())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_more_than_two_to_the_31_elements(kernel: str) -> None:
+    """Offsets are 64 bits wide: the last head of a large call equals the same head alone."""
+    import cupy
+
+    B, H, S, D = 17, 256, 4096, 128  # 2.3e9 elements
+    if cupy.cuda.Device().mem_info[0] < 30 << 30:
+        pytest.skip("needs 30 GB of device memory")
+    one = [to_device(a) for a in sts.Case(H=1, Hkv=1, Sq=S, Sk=S, D=D, dtype="float16").logical()]
+    try:
+        expected = intfa.attention(*one, backend=kernel, recipe="int8-fast")
+    except dispatch.UnsupportedError as error:
+        pytest.skip(str(error))
+    q, k, v = (cupy.zeros((B, n, S, D), np.float16) for n in (H, 1, 1))
+    q[-1, -1], k[-1], v[-1] = one[0][0, 0], one[1][0], one[2][0]
+    # The group's other heads are zero: without equalisation they have no part in the last one.
+    recipe = dataclasses.replace(R["int8-fast"], equalize=False)
+    expected = intfa.attention(*one, backend=kernel, recipe=recipe)
+    out = intfa.attention(q, k, v, backend=kernel, recipe=recipe)
+    np.testing.assert_array_equal(out[-1, -1].get(), expected[0, 0].get())
+
+
+def test_torch_tensors_are_used_in_place() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    q, k, v = (torch.randn(2, 3, 200, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out, lse = intfa.attention(q, k, v, return_lse=True)
+        target = torch.full_like(q, float("nan"))
+        assert intfa.attention(q, k, v, out=target) is target
+    stream.synchronize()
+    assert out.dtype == q.dtype and out.device == q.device and lse.dtype == torch.float32
+    exact = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert float((out.float() - exact).norm() / exact.norm()) < 0.03
+    assert torch.equal(out, target)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-fast", "paper-int8", "half-int8"])
+def test_arrays_of_the_host_can_be_sent_to_a_kernel(name: str) -> None:
+    """A plain QuantizedQKV is uploaded; the kernel and the model agree on it."""
+    case = sts.Case(B=2, H=4, Hkv=2, Sq=130, Sk=200, D=64)
+    qkv = intfa.quantize_qkv(*case.logical(), recipe=name, backend="numpy")
+    out, lse = intfa.attention_quantized(qkv, return_lse=True, backend="wmma")
+    assert isinstance(out, np.ndarray)
+    check_against_model(qkv, case, case.problem(R[name]), out, lse)
