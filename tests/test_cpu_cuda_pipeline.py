@@ -233,8 +233,9 @@ def test_smaller_devices_get_smaller_tiles() -> None:
     for capability, shared_memory in ((80, 163 * 1024), (75, 64 * 1024)):
         with fake_cupy.installed(capability, shared_memory):
             arrays = [fake_cupy.asarray(x) for x in case.logical()]
-            used.append(intfa.explain(*arrays, recipe=variant.recipe).tile.shared_memory)
-            results.append(intfa.attention(*arrays, recipe=variant.recipe).get())
+            plan = intfa.explain(*arrays, recipe=variant.recipe, backend="wmma")
+            used.append(plan.tile.shared_memory)
+            results.append(intfa.attention(*arrays, recipe=variant.recipe, backend="wmma").get())
             assert used[-1] <= shared_memory
     assert used[0] > used[1]
     np.testing.assert_array_equal(*results)
