@@ -240,7 +240,8 @@ def _run_nvrtc(
     try:
         try:
             module.compileProgram(program, (*options, *(f"-I{d.path}" for d in includes)))
-            return bytes(module.getCUBIN(program)), module.getProgramLog(program).strip("\0 \n")
+            # CuPy drops the last byte as if it ended a string. The driver does not mind, disassemblers do.
+            return bytes(module.getCUBIN(program)) + b"\0", module.getProgramLog(program).strip("\0 \n")
         except module.NVRTCError as error:
             log = module.getProgramLog(program).strip("\0 \n") or str(error)
     finally:
