@@ -413,7 +413,15 @@ __device__ __forceinline__ void finish_keys(const QuantizeParams& p, int head, d
             largest = fmaxf(largest, partial[kFinishThreads + other]);
             query = fmaxf(query, partial[2 * kFinishThreads + other]);
         }
-        if (kSmooth && channel < D) mean = round_bf16(static_cast<float>(sum / p.keys));
+        if (kSmooth && channel < D) {
+            // Without the largest and the smallest value, so that a single huge key does not move it.
+            int count = p.keys;
+            if (count > 2) {
+                sum = sum - largest - smallest;
+                count -= 2;
+            }
+            mean = round_bf16(static_cast<float>(sum / count));
+        }
         if (kSmooth) p.k_mean[int64(head) * Dp + channel] = mean;
     }
     if (!kEqualize) return;

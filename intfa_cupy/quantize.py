@@ -64,13 +64,26 @@ class HeadStatistics:
     Parameters
     ----------
     mean : numpy.ndarray of float32 (D,)
-        Subtracted from K; zeros without smoothing.
+        Subtracted from K: its mean per channel, the largest and the smallest value left out; zeros without
+        smoothing.
     factor : numpy.ndarray of float32 (D,)
         Q is multiplied by it and K by its reciprocal; ones without equalisation.
     """
 
     mean: np.ndarray
     factor: np.ndarray
+
+
+def _trimmed_mean(k: np.ndarray, largest: np.ndarray, smallest: np.ndarray) -> np.ndarray:
+    """Return each channel's mean without its largest and its smallest value.
+
+    Smoothing may subtract any constant, and this one is not moved by a single huge token, after which
+    every other token's range would be the mean's and not its own.
+    """
+    total, count = k.sum(axis=0, dtype=np.float64), len(k)
+    if count > 2:
+        total, count = total - largest - smallest, count - 2
+    return round_bf16(total / count)
 
 
 def head_statistics(q: np.ndarray, k: np.ndarray, recipe: Recipe) -> HeadStatistics:
@@ -87,10 +100,11 @@ def head_statistics(q: np.ndarray, k: np.ndarray, recipe: Recipe) -> HeadStatist
     mean, factor = np.zeros(D, np.float32), np.ones(D, np.float32)
     if Sk == 0 or q.size == 0:
         return HeadStatistics(mean, factor)
+    largest, smallest = k.max(axis=0), k.min(axis=0)
     if recipe.smooth_k:
-        mean = round_bf16(k.sum(axis=0, dtype=np.float64) / Sk)
+        mean = _trimmed_mean(k, largest, smallest)
     if recipe.equalize:
-        k_range = np.maximum(k.max(axis=0) - mean, mean - k.min(axis=0))
+        k_range = np.maximum(largest - mean, mean - smallest)
         q_range = np.maximum(q.max(axis=(0, 1)), -q.min(axis=(0, 1)))
         if not np.isfinite(q_range).all():
             q_range = np.where(np.isfinite(q), np.abs(q), 0).max(axis=(0, 1))

@@ -71,7 +71,7 @@ class Recipe:
         The maximum that P is taken against before rounding: that of its own 128-key tile,
         or the running one of the online softmax (Algorithm 1 of arXiv 2409.16997).
     smooth_k : bool
-        Subtract K's mean over the tokens, per channel. Softmax does not change.
+        Subtract K's mean over the tokens, per channel, its two extremes left out. Softmax does not change.
     equalize : bool
         Multiply Q and divide K by one factor per channel that gives both the same range.
         Q K^T does not change.

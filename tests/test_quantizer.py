@@ -242,7 +242,19 @@ def test_statistics_do_not_depend_on_the_order_of_tokens(case: sts.Case, seed: i
 def test_smoothing_subtracts_the_mean() -> None:
     k = np.random.default_rng(0).standard_normal((500, 32)).astype(np.float32) + 50
     stats = quantize.head_statistics(k[None], k, intfa.recipes()["int8"])
-    np.testing.assert_allclose(stats.mean, k.mean(axis=0, dtype=np.float64), rtol=2**-8)
+    trimmed = np.sort(k, axis=0)[1:-1].mean(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(stats.mean, trimmed, rtol=2**-8)
+
+
+@pytest.mark.parametrize("Sk", [1, 2, 3, 100])
+def test_one_huge_key_does_not_move_the_mean(Sk: int) -> None:
+    k = np.random.default_rng(0).standard_normal((Sk, 32)).astype(np.float32)
+    calm = quantize.head_statistics(k[None], k, intfa.recipes()["int8"]).mean
+    k[Sk // 2] *= 1e4
+    moved = quantize.head_statistics(k[None], k, intfa.recipes()["int8"]).mean
+    assert (np.abs(calm) < 4).all()
+    if Sk > 2:
+        assert (np.abs(moved) < 4).all()
 
 
 # -- what is not finite -------------------------------------------------------------------
