@@ -70,12 +70,6 @@ class Problem:
         j1 = self.Sk if self.right < 0 else min(self.Sk, i1 - 1 + shift + self.right + 1)
         return j0, max(j0, j1)
 
-    def visible_pairs(self) -> int:
-        """Return the number of visible (query, key) pairs of one head, for operation counts."""
-        if not self.masked:
-            return self.Sq * self.Sk
-        return sum(b - a for a, b in (self.key_range(i, i + 1) for i in range(self.Sq)))
-
 
 def normalize_window(window: object, is_causal: bool) -> Window:
     """Return (left, right) with causal folded in: right = 0 at most.

@@ -198,17 +198,6 @@ class Recipe:
             "p": BITS[self.p_format],
         }
 
-    @property
-    def sequence_statistics(self) -> bool:
-        """bool : a token's stored value depends on other tokens (a mean, a range over the sequence)."""
-        scales = (self.q_granularity, self.k_granularity, self.v_granularity)
-        return (
-            self.smooth_k
-            or self.equalize
-            or self.v_granularity in ("token", "channel", "head")
-            or any(s in ("group", "tile", "head") for s in scales)
-        )
-
     def replace(self, **changes: object) -> Recipe:
         """Return a copy with some fields changed, validated again.
 

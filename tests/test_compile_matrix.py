@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture without a GPU, and the compiler kept everything in registers.
+"""Every kernel compiles for every architecture without a GPU, with all but stated registers kept.
 
 Prints the report as a table (``pytest -s tests/test_compile_matrix.py``). The compiler's results are kept in
 the kernel cache, so that a second run takes seconds.
@@ -31,7 +31,8 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100"
 RECIPES = ("int8", "int8-fast", "paper-int8", "half-int8")
 ALL_RECIPES_ON = ("sm_75", "sm_80", "sm_90a", "sm_120")
 R = intfa.recipes()
-# Spilled bytes that are known: a few cold values outside the inner loops of the mma kernel's d = 256.
+# Spilled bytes (stores and loads) still to be removed: the mma kernel at d = 256, and 8 of int8 at d = 64 on
+# sm_120. All others have none.
 KNOWN_SPILLS = {"attention_mma": 168}
 
 
@@ -96,7 +97,7 @@ def table(reports: list[tuple[Job, jit.CompileReport]]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["quantize", *tiles.DESCRIPTION])
-def test_compiles_for_every_architecture_without_spills(source: str) -> None:
+def test_compiles_for_every_architecture_without_new_spills(source: str) -> None:
     """Every tile; what the compiler had to undo (wgmma in parallel, register reallocation) counts, too."""
     reports = compile_all(quantizer_jobs() if source == "quantize" else attention_jobs(source))
     assert reports

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import strategies as sts
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from test_cpu_cuda_kernels import check_against_model
 from test_gpu_quantize import to_device
@@ -53,7 +53,7 @@ def test_kernels_agree_with_the_model(case: sts.Case, recipe: Recipe, kernel: st
     try:
         intfa.explain(*x, **call)
     except dispatch.UnsupportedError:
-        return
+        reject()  # not an example: what counts is what a kernel says it serves
     qkv = packing.to_host(intfa.quantize_qkv(*x, recipe=recipe, layout=case.layout, backend=kernel))
     target = poisoned(x[0].shape, x[0].dtype)
     out, lse = intfa.attention(*x, **call, out=target, return_lse=True)
