@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NAMES", "freshness", "load", "save"]
+__all__ = ["NAMES", "freshness", "load", "machine", "save"]
 
 #: What can be recorded: the timings, and the run of the GPU test suite.
 NAMES = ("bench", "gpu_suite")
@@ -41,6 +41,30 @@ def save(name: str, document: dict[str, Any]) -> Path:
     path = Path(__file__).parent / "data" / _file(name)
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
+
+
+def machine() -> dict[str, Any]:
+    """Return what a record says of the current device, the versions, the sources and the day."""
+    import datetime
+    import platform
+
+    import cupy
+
+    from . import __version__, jit
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
+    return {
+        "gpu": properties["name"].decode(),
+        "compute_capability": properties["major"] * 10 + properties["minor"],
+        "sms": properties["multiProcessorCount"],
+        "driver_cuda": cupy.cuda.runtime.driverGetVersion(),
+        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
+        "cupy": cupy.__version__,
+        "python": platform.python_version(),
+        "intfa_cupy": __version__,
+        "kernel_sources": jit.strip_comments_fingerprint(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def freshness(name: str) -> str:

@@ -47,7 +47,13 @@ def scores(q: np.ndarray, k: np.ndarray, visible: np.ndarray, scale: float) -> n
 
 
 def exact_given_quantized(
-    qkv: QuantizedQKV, visible: np.ndarray, scale: float, *, tile: int = TILE, counts: float = 0.5
+    qkv: QuantizedQKV,
+    visible: np.ndarray,
+    scale: float,
+    *,
+    tile: int = TILE,
+    counts: float = 0.5,
+    floating_sum: bool = False,
 ) -> Exact:
     """Exact attention of dequantised tensors, and the bound on what rounding P may change.
 
@@ -61,8 +67,9 @@ def exact_given_quantized(
 
         out - exact = sum w d v8 / sum exp(x - max).
 
-    Floating P has an error relative to e instead, and an exact denominator. Added to all is float32's share:
-    the exponent x has an error of a few 2^-24 |x|, a relative error of each probability.
+    Floating P has an error relative to e instead, and an exact denominator unless ``floating_sum``. Added to
+    all is float32's share: the exponent x has an error of a few 2^-24 |x|, a relative error of each
+    probability.
     """
     recipe, group = qkv.recipe, qkv.q.shape[1] // max(qkv.k.shape[1], 1)
     q, k, v = (
@@ -98,7 +105,8 @@ def exact_given_quantized(
         out_bound = wd @ np.abs(v - centre) + denominator_error * np.abs(centre - out)
         out_bound /= total - np.minimum(denominator_error, 0.9999 * total)
     else:
-        out_bound = wd @ np.abs(v) / total
+        denominator_error = floating_sum * wd.sum(axis=3, keepdims=True)
+        out_bound = (wd @ np.abs(v) + denominator_error * np.abs(out)) / (total - denominator_error)
 
     # Scores of integers are rounded a few times; those of floating numbers and of channel groups are sums.
     size = np.where(np.isfinite(x), np.abs(x), 0).max(axis=3, keepdims=True, initial=0)

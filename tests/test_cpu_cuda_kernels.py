@@ -15,14 +15,14 @@ from typing import Any
 import cpu_cuda
 import host_kernels as hk
 import numpy as np
-import oracle
 import pytest
 import strategies as sts
+from agreement import EPS, Rounding, check_against_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import intfa_cupy as intfa
-from intfa_cupy import QuantizedQKV, Recipe, model, packing, tiles
+from intfa_cupy import QuantizedQKV, Recipe, packing, tiles
 from intfa_cupy.problem import Problem
 from intfa_cupy.quantize import quantize_numpy
 from intfa_cupy.quantized import scale_shape
@@ -31,9 +31,6 @@ from intfa_cupy.tiles import Tile
 pytestmark = pytest.mark.skipif(cpu_cuda.unavailable() is not None, reason=str(cpu_cuda.unavailable()))
 
 ORDERS = ("ascending", "descending")
-# Half a unit in the last place of an output, relative, and among the subnormals.
-EPS = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-TINY = {"float32": 2.0**-149, "float16": 2.0**-25, "bfloat16": 2.0**-134}
 
 
 @dataclass(frozen=True)
@@ -102,37 +99,6 @@ def run_both_orders(
     for one, other in zip(*runs, strict=True):
         assert one.tobytes() == other.tobytes(), "the result depends on the order of warps"
     return runs[0]  # type: ignore[return-value]
-
-
-def check_against_model(
-    qkv: QuantizedQKV,
-    case: sts.Case,
-    problem: Problem,
-    out: np.ndarray,
-    lse: np.ndarray,
-    same_rows: float = 0.5,
-) -> None:
-    """Compare with the model: equal but for float32 rounding, and for P that rounds to its neighbour.
-
-    P may differ by one count where an exponential falls on the middle between two; `oracle` bounds what the
-    rounding of P may do to a result, and two roundings of one P lie within twice half a count.
-    """
-    expected, _ = model.attention_numpy(qkv, problem)
-    bound = oracle.exact_given_quantized(qkv, case.visible(), problem.scale, counts=1.0)
-    out = out.astype(np.float64)
-    rounding = EPS[problem.out_dtype] * np.abs(expected) + TINY[problem.out_dtype]
-    error = np.abs(out - bound.out)
-    assert (error <= bound.out_bound + rounding).all(), f"out is off by {error.max():.3g}"
-    seen = np.isfinite(bound.lse)
-    assert np.array_equal(np.isneginf(lse), ~seen)
-    lse_shift = 0.0 if qkv.lse_shift is None else qkv.lse_shift.astype(np.float64) * problem.scale
-    lse_error = np.abs(lse[seen] - (bound.lse + lse_shift)[seen])
-    lse_bound = (bound.lse_bound + 2.0**-21 * np.abs(lse_shift))[seen]
-    assert (lse_error <= lse_bound).all(), f"lse is off by {lse_error.max(initial=0):.3g}"
-    # Most rows have no P at a tie: there only float32 remains.
-    size = np.abs(expected).max(axis=3, keepdims=True, initial=0)
-    same = np.abs(out - expected) <= rounding + 2.0**-17 * size
-    assert same.all(axis=3).mean() >= same_rows or out.shape[2] < 20
 
 
 @settings(max_examples=60)
@@ -250,7 +216,7 @@ def test_reference_moves(variant: Variant) -> None:
     qkv = quantize_numpy(q, k, v, recipe)
     out, lse = run_both_orders(qkv, variant.problem(case), variant)
     # Exponents of hundreds have few bits left after the point, so that many a P is at a tie.
-    check_against_model(qkv, case, variant.problem(case), out, lse, same_rows=0.0)
+    check_against_model(qkv, case, variant.problem(case), out, lse, Rounding(same_rows=0.0))
 
 
 def test_results_do_not_depend_on_the_tile() -> None:

@@ -14,9 +14,9 @@ import fake_cupy
 import numpy as np
 import pytest
 import strategies as sts
+from agreement import Rounding, check_against_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpu_cuda_kernels import check_against_model
 
 import intfa_cupy as intfa
 from intfa_cupy import QuantizedQKV, Recipe, model, packing
@@ -210,8 +210,8 @@ def test_host_arrays_go_through_the_device(variant: Variant) -> None:
         again, _ = intfa.attention_quantized(plain, **options)
     assert type(out) is np.ndarray and type(again) is np.ndarray and out.dtype == q.dtype
     problem = case.problem(variant.recipe)
-    check_against_model(plain, case, problem, again, lse, same_rows=0.0)
-    check_against_model(plain, case, problem, out, lse, same_rows=0.0)
+    check_against_model(plain, case, problem, again, lse, Rounding(same_rows=0.0))
+    check_against_model(plain, case, problem, out, lse, Rounding(same_rows=0.0))
 
 
 @pytest.mark.parametrize(("Sq", "Sk"), [(0, 5), (5, 0), (0, 0)])

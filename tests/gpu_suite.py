@@ -1,0 +1,204 @@
+"""Run the GPU tests and compute-sanitizer on this machine, side by side, and record the run.
+
+    python tests/gpu_suite.py [--record] [--no-sanitizer] [--logs FOLDER]
+
+Kernels are compiled first, on all cores. Tests drawn by hypothesis run several times with different seeds,
+each in a process of its own. ``--record`` writes what ran, on what and with which kernel sources to
+``intfa_cupy/data/recorded_gpu_suite.json``, if all of it passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
+
+KERNELS = ("wgmma", "mma", "wmma")
+SEEDS = (1, 2, 3)
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+AGREEMENT = "test_gpu_attention.py::test_kernels_agree_with_the_model"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process."""
+
+    name: str
+    command: tuple[str, ...]
+    passes: str = ""  # what its output must say besides an exit code of 0
+
+
+def jobs(sanitizer: bool) -> list[Job]:
+    """Return all processes, the longest first."""
+    pytest = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+        "--rootdir",
+        str(ROOT),
+    )
+    found = []
+    for seed in SEEDS:
+        option = f"--hypothesis-seed={seed}"
+        for kernel in KERNELS:
+            found.append(
+                Job(f"agreement-{kernel}-{seed}", (*pytest, option, f"{TESTS / AGREEMENT}[{kernel}]"))
+            )
+        found.append(Job(f"quantizer-{seed}", (*pytest, option, str(TESTS / "test_gpu_quantize.py"))))
+    rest = ("test_gpu_attention.py", "test_gpu_accuracy.py")
+    found.append(Job("others", (*pytest, *(str(TESTS / r) for r in rest), "-k", "not agree_with_the_model")))
+    if sanitizer:
+        for kernel in KERNELS:
+            for tool in TOOLS:
+                command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable)
+                cases = (str(TESTS / "gpu_cases.py"), kernel)
+                found.insert(
+                    0, Job(f"{tool}-{kernel}", (*command, *cases), r"ERROR SUMMARY: 0 errors|0 hazards")
+                )
+    return found
+
+
+def run(job: Job, logs: Path, environment: dict[str, str]) -> tuple[Job, bool, str]:
+    """Run one process; return whether it passed, and its output."""
+    environment = {**environment, "INTFA_GPU_EXAMPLES": str(logs / f"{job.name}.examples")}
+    begin = time.monotonic()
+    done = subprocess.run(job.command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    (logs / f"{job.name}.log").write_text(output)
+    passed = done.returncode == 0 and re.search(job.passes, output) is not None
+    last = (output.strip().splitlines() or [""])[-1]
+    took = time.monotonic() - begin
+    print(f"{'ok  ' if passed else 'FAIL'} {job.name:<22} {took:6.1f} s  {last[:90]}", flush=True)
+    return job, passed, output
+
+
+# --- compiling ----------------------------------------------------------------------------------------------
+
+
+def compilations() -> list[tuple[str, dict[str, int]]]:
+    """Return the source and macros of every kernel that the tests launch."""
+    import gpu_cases
+    import test_gpu_attention
+    import test_gpu_quantize
+
+    from intfa_cupy import gpu, recipes, tiles
+    from intfa_cupy.problem import Problem
+
+    dtypes = ("float16", "bfloat16", "float32")
+    tests = test_gpu_attention, test_gpu_quantize
+    calls, quantized = ({(r, D, t) for r in m.RECIPES for D in m.HEAD_DIMS for t in dtypes} for m in tests)
+    for name, head_dims in gpu_cases.RECIPES.items():
+        calls |= {(recipes()[name], D, t) for D in head_dims for t in ("float16", "float32")}
+    found: dict[Any, tuple[str, dict[str, int]]] = {}
+
+    def add(source: str, defines: dict[str, int]) -> None:
+        found[(source, *defines.items())] = (source, defines)
+
+    device = gpu.device()
+    for recipe, D, dtype in calls:
+        for right in (-1, 0):
+            problem = Problem(1, 1, 1, 1, 1, D, recipe, right=right)
+            for kernel in KERNELS:
+                tile, _ = tiles.find(kernel, problem, device)
+                if tile is not None:
+                    add(tile.entry, tile.defines(dtype))
+                    quantized.add((recipe, D, dtype))
+    for recipe, D, dtype in quantized:
+        add("quantize", gpu.quantizer_defines(recipe, D, dtype))
+    return list(found.values())
+
+
+def compile_one(job: tuple[str, dict[str, int], str]) -> int:
+    """Compile into the disk cache; return the bytes of registers spilled."""
+    from intfa_cupy import jit
+
+    return jit.compile_kernel(*job).report.spill_bytes
+
+
+def compile_all() -> None:
+    from intfa_cupy import jit
+
+    begin, arch = time.monotonic(), jit.device_arch()
+    work = [(source, defines, arch) for source, defines in compilations()]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        spills = pool.map(compile_one, work, chunksize=1)
+    spilling = sum(map(bool, spills))
+    print(
+        f"{len(work)} kernels compiled in {time.monotonic() - begin:.0f} s; {spilling} spill registers",
+        flush=True,
+    )
+
+
+# --- the record ---------------------------------------------------------------------------------------------
+
+
+def outcome(results: list[tuple[Job, bool, str]], logs: Path) -> dict[str, Any]:
+    """Return what ran, as counts."""
+    tests: Counter[str] = Counter()
+    for job, _, output in results:
+        if "pytest" in job.command:
+            for count, what in re.findall(r"(\d+) (passed|failed|skipped|error)", output.splitlines()[-1]):
+                tests[what] += int(count)
+    examples: Counter[str] = Counter()
+    for path in logs.glob("*.examples"):
+        examples.update(json.loads(path.read_text()))
+    tools = {job.name: passed for job, passed, _ in results if job.name.split("-")[0] in TOOLS}
+    return {
+        "tests": dict(tests),
+        "examples": dict(sorted(examples.items())),
+        "sanitizer": {name: "clean" if passed else "errors" for name, passed in sorted(tools.items())},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--record", action="store_true", help="write the run into the package's data")
+    parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
+    parser.add_argument("--logs", type=Path, help="where to keep each process's output")
+    options = parser.parse_args()
+    sanitizer = not options.no_sanitizer
+    if sanitizer and shutil.which("compute-sanitizer") is None:
+        parser.error("compute-sanitizer is not on PATH (it comes with the CUDA toolkit); or --no-sanitizer")
+
+    from intfa_cupy import records
+
+    compile_all()
+    paths = os.pathsep.join(filter(None, (str(ROOT), str(TESTS), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = options.logs or Path(folder)
+        logs.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = list(pool.map(lambda job: run(job, logs, environment), jobs(sanitizer)))
+        document = {"machine": records.machine(), **outcome(results, logs)}
+    print(json.dumps(document, indent=1))
+    if not all(passed for _, passed, _ in results):
+        return 1
+    if options.record:
+        print(f"recorded in {records.save('gpu_suite', document)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
