@@ -10,6 +10,8 @@ INTFA_DUMP=DIR
     Write the inlined source, options, log, report and cubin of every kernel there.
 INTFA_NO_CACHE=1
     Neither read nor write the disk cache.
+INTFA_LINEINFO=1
+    Compile with ``-lineinfo``: profilers and compute-sanitizer then name files and lines. Same code.
 INTFA_CUDA_INCLUDE=DIRS
     Include directories of the CUDA headers, instead of searching.
 CUPY_CACHE_DIR=DIR
@@ -176,7 +178,14 @@ def compile_kernel(
     name = name if name.endswith(".cu") else name + ".cu"
     source = inline_source(name, root)
     module, version = nvrtc()
-    options = (f"-arch={_arch(arch)}", *_BASE_OPTIONS, *_define_options(defines or {}), *extra_options)
+    line_info = () if os.environ.get("INTFA_LINEINFO", "0") in ("", "0") else ("-lineinfo",)
+    options = (
+        f"-arch={_arch(arch)}",
+        *_BASE_OPTIONS,
+        *line_info,
+        *_define_options(defines or {}),
+        *extra_options,
+    )
     includes = header_dirs(version)
     key = _key(name, source, options, includes)
 

@@ -28,18 +28,23 @@ class Rounding:
         Whether the sum of floating P is over the rounded ones.
     same_rows : float
         Share of rows without a P at a tie, where only float32 is between the kernel and the model.
+    score_units : float
+        Error of a score in units of its integer, where several keys share a scale.
     """
 
     counts: float = 0.51
     floating_sum: bool = False
     same_rows: float = 0.5
+    score_units: float = 0.0
 
 
 #: The WMMA kernel rounds P from a float32 exponential. The others round it from a float16 one, which is off
 #: by up to 2**-12, and so by 255 / 4096 of a count: one P in twenty comes out as its neighbour.
+#: Where K's scale is shared, mma has 12582912 + score as a float of the tensor cores, and one FMA
+#: with the rounded product of 12582912 and the scale gives the exponent.
 ROUNDING = {
     "wmma": Rounding(),
-    "mma": Rounding(counts=0.51 + 255 / 4096, floating_sum=True, same_rows=0.0),
+    "mma": Rounding(counts=0.51 + 255 / 4096, floating_sum=True, same_rows=0.0, score_units=0.75),
     "wgmma": Rounding(counts=0.51 + 255 / 4096, same_rows=0.0),
 }
 
@@ -63,6 +68,7 @@ def check_against_model(
         problem.scale,
         counts=rounding.counts,
         floating_sum=rounding.floating_sum,
+        score_units=rounding.score_units,
     )
     expected, _ = model.attention_numpy(qkv, problem)
     out = out.astype(np.float64)
@@ -78,4 +84,5 @@ def check_against_model(
     assert (lse_error <= lse_bound).all(), f"lse is off by {lse_error.max(initial=0):.3g}"
     size = np.abs(expected).max(axis=3, keepdims=True, initial=0)
     same = np.abs(out - expected) <= to_dtype + 2.0**-17 * size
-    assert same.all(axis=3).mean() >= rounding.same_rows or out.shape[2] < 20
+    alike = case.distribution == "constant" or out.shape[2] < 20  # all rows have the same ties, or are few
+    assert alike or same.all(axis=3).mean() >= rounding.same_rows

@@ -54,6 +54,7 @@ def exact_given_quantized(
     tile: int = TILE,
     counts: float = 0.5,
     floating_sum: bool = False,
+    score_units: float = 0.0,
 ) -> Exact:
     """Exact attention of dequantised tensors, and the bound on what rounding P may change.
 
@@ -69,7 +70,7 @@ def exact_given_quantized(
 
     Floating P has an error relative to e instead, and an exact denominator unless ``floating_sum``. Added to
     all is float32's share: the exponent x has an error of a few 2^-24 |x|, a relative error of each
-    probability.
+    probability; and ``score_units`` of what one unit of the integer score is worth.
     """
     recipe, group = qkv.recipe, qkv.q.shape[1] // max(qkv.k.shape[1], 1)
     q, k, v = (
@@ -114,6 +115,10 @@ def exact_given_quantized(
         magnitude = np.abs(q) @ np.repeat(np.abs(k), group, axis=1).swapaxes(2, 3) * abs(scale)
         size = size + 8 * magnitude.max(axis=3, keepdims=True, initial=0)
     relative = 2.0**-24 * (32 + 6 * size + math.sqrt(x.shape[3]))
+    if score_units and recipe.k_granularity in ("group", "tile"):
+        k_scale = np.asarray(qkv.k.element_scale(), np.float64).max(axis=(2, 3), initial=0)
+        unit = np.asarray(qkv.q.scale, np.float64) * np.repeat(k_scale, group, axis=1)[..., None] * abs(scale)
+        relative = relative + score_units * unit[..., None]
     out_bound += 2 * relative * (p @ np.abs(v) / total + np.abs(out)) + 1e-37
     lse_bound = -np.log1p(-np.minimum(denominator_error / total, 0.9999)) + relative
     lse_bound = lse_bound[..., 0] + 2.0**-22 * np.where(np.isfinite(lse), np.abs(lse), 0)
