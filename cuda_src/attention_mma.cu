@@ -58,8 +58,13 @@ constexpr bool kRunning = INTFA_P_RUNNING;
 constexpr int kKeyScale = INTFA_K_SCALE;
 constexpr bool kQueryChannelScale = INTFA_Q_CHANNEL_SCALE;  // Q has a scale per token and 32 channels (4-bit Q)
 constexpr bool kFolded = INTFA_V_FOLDED;
+constexpr int kStash = INTFA_STASH;                      // fragments of 8 keys whose scores wait in shared memory
 constexpr int kFence = INTFA_FENCE;                      // 1: of Q K^T, 2: of P V, 3: of both: keep loads in their block,
                                                          // which takes fewer registers and overlaps less
+// The caller knows that every row sees every key and that Sk is a multiple of 128 (0), or not (1).
+constexpr bool kMasked = INTFA_MASKED;
+// The caller knows that D = Dp, that channels of out are neighbours, its other strides even and its address aligned.
+constexpr bool kOutPairs = INTFA_OUT_PAIRS;
 using Out = Element<INTFA_OUT>;
 
 constexpr int kRowsPerWarp = 16 * kM;
@@ -71,8 +76,8 @@ constexpr bool kInteger = kKeyFormat == kInt8 || kKeyFormat == kInt4;
 constexpr bool kGrouped = kKeyScale == kScaleChannel;    // summed in float over groups of 32 channels
 // One scale covers all keys of a thread: scores stay integers until the exponent.
 constexpr bool kRaw = kInteger && (kKeyScale == kScaleGroup || kKeyScale == kScaleTile);
-// Integer products start at kIntegerMagic and need no conversion, unless registers are short.
-constexpr bool kMagic = kRaw || Dp < 256;
+// Integer products start at kIntegerMagic, or have it added at the end: where they start takes registers.
+constexpr bool kMagic = Dp < 256;
 constexpr bool kTokenScale = kKeyScale == kScaleToken;
 constexpr bool kIntegerP = kValueFormat == kInt8;
 constexpr bool kWideV = kValueFormat == kHalf || kValueFormat == kBrain;
@@ -80,19 +85,32 @@ constexpr bool kProductSum = (kIntegerP && !kFolded) || kWideV;  // l sums the r
 
 // Running maximum: m_ref may lag behind by as much as costs 16-bit P no precision.
 constexpr float kSlack = kRunning ? (kWideV ? 8.0f : 0.0f) : kReferenceSlack;
-constexpr float kLog2Levels = kLevels == 255 ? 7.99435343685886f : kLevels == 127 ? 6.98868468677217f
-                            : kLevels == 256 ? 8.0f : 0.0f;
+constexpr double log2_of(double x) {
+    double log = 0.0;
+    for (; x >= 2.0; x /= 2.0) log += 1.0;
+    for (double bit = 0.5; bit > 1e-9; bit /= 2.0) {
+        x *= x;
+        if (x >= 2.0) {
+            x /= 2.0;
+            log += bit;
+        }
+    }
+    return log;
+}
+constexpr float kLog2Levels = static_cast<float>(log2_of(kLevels));
 
 static_assert(Dp == 64 || Dp == 128 || Dp == 256, "the head dimension is padded to 64, 128 or 256");
-static_assert(kLevels == 255 || kLevels == 127 || kLevels == 256 || kLevels == 1, "levels of P");
+static_assert(kLevels >= 1 && (kLevels <= 255 || !kIntegerP), "levels of P: what its format holds");
+static_assert(log2_of(255) > 7.9943534 && log2_of(255) < 7.9943535 && log2_of(256) == 8, "the logarithm");
 static_assert(kInteger == (kQueryFormat == kInt8 || kQueryFormat == kInt4), "Q and K: both integers or both not");
 static_assert(kInteger || kQueryFormat == kKeyFormat, "floating Q and K have one format");
 static_assert(kInteger || kKeyScale == kScaleHead, "floating K has one scale per head");
-static_assert(kGrouped == (kKeyFormat == kInt4), "4-bit K has a scale per group of channels");
+static_assert(!kGrouped || kInteger, "floating K has no scales per group of channels");
 static_assert(kGrouped || !kQueryChannelScale, "scales per group of channels: Q only where K has them");
 static_assert(kIntegerP || (kRunning && !kFolded), "floating P is taken against the running maximum");
 static_assert(!kRaw || !kFolded, "folded V adds a term per key: K's scale must be per token");
 static_assert((kKeyBuffers == 2 && kValueBuffers <= 2) || (kKeyBuffers == 1 && kValueBuffers == 1), "buffers");
+static_assert(kStash >= 0 && kStash <= 16 && kStash % 2 == 0, "pairs of the 16 fragments");
 static_assert(kBeside >= 0 && kBeside <= Dp / 16, "no more channels than there are");
 
 constexpr int kQueryBits = kQueryFormat == kInt4 ? 8 : format_bits(kQueryFormat);  // in registers
@@ -104,15 +122,24 @@ constexpr int kKeyBytes = kTileKeys * kKeyRowBytes;              // of a tile
 constexpr int kValueBytes = kTileKeys * Dp * format_bits(kValueFormat) / 8;
 constexpr int kGroups = Dp / 32;                                 // of channels
 constexpr int kScaleBytes = kTokenScale ? 4 * kTileKeys : kGrouped ? 4 * kTileKeys * kGroups : 0;  // of a tile
+constexpr bool kGroupsInShared = kQueryChannelScale && Dp > 64;  // scales of Q's groups of channels
 constexpr int kAuxBytes = kScaleBytes + (kFolded ? 8 * kTileKeys : 0);
+
+// Where tiles can be copied whole, one thread does it, and a barrier in shared memory says when one is there. 16-bit V
+// is swizzled on its way and cannot be copied so.
+constexpr bool kBulk = kBulkCopies && !kWideV;
 
 struct Map {
     static constexpr int key = 0;
     static constexpr int value = key + kKeyBuffers * kKeyBytes;
     static constexpr int aux = value + kValueBuffers * kValueBytes;
     static constexpr int query = aux + 2 * kAuxBytes;
-    static constexpr int seldom = query + (kQueryInRegisters ? 0 : kRows * Dp * kQueryBits / 8);
-    static constexpr int total = seldom + 16;
+    static constexpr int stash = query + (kQueryInRegisters ? 0 : kRows * Dp * kQueryBits / 8);
+    static constexpr int groups = stash + kM * kStash * kThreads * 16;
+    static constexpr int seldom = groups + (kGroupsInShared ? kThreads * kGroups * 8 : 0);
+    static constexpr int key_arrival = seldom + 16;  // kBulk: barriers, one per buffer
+    static constexpr int value_arrival = key_arrival + 8 * 2;
+    static constexpr int total = value_arrival + 8 * 2;
 };
 static_assert(Map::total == INTFA_SMEM, "tiles.py and this file disagree on shared memory");
 
@@ -129,7 +156,7 @@ struct Item {
         const int group = p.heads / p.kv_heads;
         const int all_heads = p.batches * p.heads;
         int block_row;
-        if (p.right == kUnbounded) {
+        if (!kMasked || p.right == kUnbounded) {
             head = block / p.row_blocks;
             block_row = block - head * p.row_blocks;
         } else {
@@ -189,6 +216,19 @@ struct Tiles {
     // Tile of K and, to the buffer of its parity, the scales of its softmax.
     __device__ __forceinline__ void copy_key(int tile, int buffer, int parity) const {
         const int64 index = first + tile;
+        if constexpr (kBulk) {
+            if (threadIdx.x != 0) return;
+            const uint32 arrival = shared + Map::key_arrival + 8 * buffer;
+            const uint32 target = shared + Map::aux + parity * kAuxBytes;
+            barrier_expect(arrival, kKeyBytes + kAuxBytes);
+            bulk_copy(shared + Map::key + buffer * kKeyBytes, p.k + index * kKeyBytes, kKeyBytes, arrival);
+            if (kScaleBytes > 0)
+                bulk_copy(target, reinterpret_cast<const char*>(p.k_scale) + index * kScaleBytes, kScaleBytes, arrival);
+            if (kFolded)
+                bulk_copy(target + kScaleBytes, reinterpret_cast<const char*>(p.v_fold) + index * (8 * kTileKeys),
+                          8 * kTileKeys, arrival);
+            return;
+        }
         copy_linear<kKeyBytes>(shared + Map::key + buffer * kKeyBytes,
                                reinterpret_cast<const char*>(p.k) + index * kKeyBytes);
         const uint32 aux = shared + Map::aux + parity * kAuxBytes;
@@ -207,7 +247,12 @@ struct Tiles {
     }
     __device__ __forceinline__ void copy_value(int tile, int buffer) const {
         const char* const source = static_cast<const char*>(p.v) + static_cast<int64>(first + tile) * kValueBytes;
-        if constexpr (kWideV)
+        if constexpr (kBulk) {
+            if (threadIdx.x != 0) return;
+            const uint32 arrival = shared + Map::value_arrival + 8 * buffer;
+            barrier_expect(arrival, kValueBytes);
+            bulk_copy(shared + Map::value + buffer * kValueBytes, source, kValueBytes, arrival);
+        } else if constexpr (kWideV)
             copy_wide_value(shared + Map::value + buffer * kValueBytes, source);
         else
             copy_linear<kValueBytes>(shared + Map::value + buffer * kValueBytes, source);
@@ -221,22 +266,19 @@ __device__ __forceinline__ void fence(int product) {
 
 // --- small arithmetic ----------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
-    return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
-}
-
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(kFullWarp, x, 1);
     return x + __shfl_xor_sync(kFullWarp, x, 2);
 }
 
+// As Element::store: a rounded P can carry an output past the largest V by a little. NaN stays.
+__device__ __forceinline__ float saturated(float x) { return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x; }
+
 // --- a warp --------------------------------------------------------------------------------------------------------
 
-// The value of an integer product.
-__device__ __forceinline__ float product_of(int x) {
-    return kMagic ? __int_as_float(x) - kFloatMagic : static_cast<float>(x);
-}
+// kFloatMagic plus an integer product, as bits; and its value.
+__device__ __forceinline__ int magic_of(int x) { return kMagic ? x : x + kIntegerMagic; }
+__device__ __forceinline__ float product_of(int x) { return __int_as_float(magic_of(x)) - kFloatMagic; }
 
 struct Warp {
     const AttentionParams& p;
@@ -247,7 +289,7 @@ struct Warp {
     int start[4];                 // where integer products start
 
     uint32 q[kM][kQueryInRegisters ? kSteps : 1][4];
-    float q_group[kM][2][kQueryChannelScale ? kGroups : 1];
+    float q_group[kM][2][kQueryChannelScale && !kGroupsInShared ? kGroups : 1];
     float q_scale[kM][2];         // of the exponent; positive
     int s[kM][16][4];             // scores: integers or bits of floats
     int top[kM][2][2];            // largest of them, even and odd fragments apart
@@ -255,6 +297,8 @@ struct Warp {
     float o[kM][Dp / 8][4];
     float reference[kM][2];
     float l[kM][2];               // kProductSum: the whole sum, else this lane's share
+    float maximum[kM][2];         // of the tile; -inf where the row sees nothing of it
+    bool higher;                  // than some row's reference may be
     float factor[kM][2];          // from the tile's product to O
 
     __device__ __forceinline__ Warp(const AttentionParams& p_, uint32 shared_, const Item& item)
@@ -296,6 +340,14 @@ struct Warp {
         }
     }
 
+    // What only this lane reads again, in shared memory: scales of Q's groups, scores.
+    __device__ __forceinline__ uint32 groups_of(int m, int g) const {
+        return shared + Map::groups + (m * kGroups + g) * (kThreads * 8) + thread_now() * 8;
+    }
+    __device__ __forceinline__ uint32 stash_of(int m, int n) const {
+        return shared + Map::stash + (m * kStash + n) * (kThreads * 16) + thread_now() * 16;
+    }
+
     // Row h (0: r, 1: r + 8) of the thread's fragment m.
     static __device__ __forceinline__ int row_of(int block_row, int thread, int m, int h) {
         return block_row + thread / 32 * kRowsPerWarp + thread % 32 / 4 + 16 * m + 8 * h;
@@ -329,9 +381,13 @@ struct Warp {
                 float scale = fabsf(p.scale_log2) * head_scale;
                 if (kQueryChannelScale) {
 #pragma unroll
-                    for (int g = 0; g < kGroups; ++g)
-                        q_group[m][h][kQueryChannelScale ? g : 0] =
-                            inside ? p.q_scale[index * kGroups + g] * nibble_scale() : 0.0f;
+                    for (int g = 0; g < kGroups; ++g) {
+                        const float x = inside ? p.q_scale[index * kGroups + g] * nibble_scale() : 0.0f;
+                        if (kGroupsInShared)
+                            store_float(groups_of(m, g) + 4 * h, x);
+                        else
+                            q_group[m][h][kQueryChannelScale && !kGroupsInShared ? g : 0] = x;
+                    }
                 } else {
                     scale *= inside ? p.q_scale[index] * nibble_scale() : 0.0f;
                 }
@@ -420,6 +476,21 @@ struct Warp {
                 const int step = 2 * j + k;
                 uint32 a[kM][4];
                 load_query_step(a, step);
+                float group_scale[kM][2];
+                if (kQueryChannelScale) {
+#pragma unroll
+                    for (int m = 0; m < kM; ++m) {
+                        if (kGroupsInShared) {
+                            const float2 x = load_float2(groups_of(m, step));
+                            group_scale[m][0] = x.x;
+                            group_scale[m][1] = x.y;
+                        } else {
+#pragma unroll
+                            for (int h = 0; h < 2; ++h)
+                                group_scale[m][h] = q_group[m][h][kQueryChannelScale && !kGroupsInShared ? step : 0];
+                        }
+                    }
+                }
 #pragma unroll
                 for (int n = 0; n < kWide; ++n) {
                     const uint32(&word)[2] = b[n / 2][n % 2][k];
@@ -436,7 +507,7 @@ struct Warp {
 #pragma unroll
                             for (int i = 0; i < 4; ++i) {
                                 float x = product_of(group[i]);
-                                if (kQueryChannelScale) x *= q_group[m][i / 2][kQueryChannelScale ? step : 0];
+                                if (kQueryChannelScale) x *= group_scale[m][i / 2];
                                 sum[m][n][i] = fmaf(x, i % 2 ? scale.y : scale.x, sum[m][n][i]);
                             }
                         } else if constexpr (kInteger) {
@@ -511,20 +582,48 @@ struct Warp {
 #pragma unroll
             for (int n = first; n < first + kWide; ++n) {
                 if (kTokenScale || kFolded) scale_scores(n, aux, fold);
+                if (kRaw) {
+#pragma unroll
+                    for (int m = 0; m < kM; ++m)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) s[m][n][i] = magic_of(s[m][n][i]);
+                }
                 update_top(n);
+                if (n < kStash) put_scores(n);
             }
         }
+        if (!kMasked) return;
         const int4 seldom = load_ints(shared + Map::seldom);  // keys that all rows of the block see; head, row
         if (key0 < seldom.x || key0 + kTileKeys > seldom.y) {
             hide_scores(key0, seldom.w);
 #pragma unroll
-            for (int n = 0; n < 16; ++n) update_top(n);
+            for (int n = 0; n < 16; ++n) {
+                update_top(n);
+                if (n < kStash) put_scores(n);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void put_scores(int n) const {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) store_ints(stash_of(m, n), {s[m][n][0], s[m][n][1], s[m][n][2], s[m][n][3]});
+    }
+    __device__ __forceinline__ void take_scores(int n) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+            const int4 x = load_ints(stash_of(m, n));
+            s[m][n][0] = x.x;
+            s[m][n][1] = x.y;
+            s[m][n][2] = x.z;
+            s[m][n][3] = x.w;
         }
     }
 
     // Hidden keys get the bits of -inf: less than any score, as an integer and as a float.
     __device__ __forceinline__ void hide_scores(int key0, int block_row) {
         const int thread = static_cast<int>(thread_now());
+#pragma unroll
+        for (int n = 0; n < kStash; ++n) take_scores(n);
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -540,37 +639,59 @@ struct Warp {
             }
     }
 
-    // From the largest scores: exponent = score * scale + shift, the factor of the tile's product, and where O and l stand.
-    // key_scale: of the thread's keys (kRaw).
-    __device__ __forceinline__ void exponent_of(float (&scale)[kM][2], float (&shift)[kM][2], float key_scale) {
-        float maximum[kM][2];  // -inf when the row sees nothing of the tile
-        bool grow = false;
+    // From the largest scores: exponent = score * scale + shift. key_scale: of the thread's keys (kRaw).
+    // meanwhile(): work for the time that lanes wait for each other.
+    template <class Work>
+    __device__ __forceinline__ void exponent_of(float (&scale)[kM][2], float (&shift)[kM][2], float key_scale,
+                                                const Work& meanwhile) {
+        float x[kM][2];
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 scale[m][h] = kRaw ? fmaxf(q_scale[m][h] * key_scale, 1e-37f) : q_scale[m][h];
-                float x = __int_as_float(larger(top[m][h][0], top[m][h][1]));
-                if (kRaw) x -= kFloatMagic;
-                maximum[m][h] = quad_max(kFolded ? x : x * scale[m][h]);
+                x[m][h] = __int_as_float(larger(top[m][h][0], top[m][h][1]));
+                if (kRaw) x[m][h] -= kFloatMagic;
+                if (!kFolded) x[m][h] *= scale[m][h];
+                maximum[m][h] = __shfl_xor_sync(kFullWarp, x[m][h], 1);
+            }
+        meanwhile();
+        bool grow = false;
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                x[m][h] = fmaxf(x[m][h], maximum[m][h]);
+                maximum[m][h] = fmaxf(x[m][h], __shfl_xor_sync(kFullWarp, x[m][h], 2));
                 grow |= maximum[m][h] - reference[m][h] > kSlack;  // also from -inf
             }
-        if (__any_sync(kFullWarp, grow)) move_reference(maximum);
+        higher = __any_sync(kFullWarp, grow);
+        if (kRunning) settle();
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float stand = kRunning ? reference[m][h] : maximum[m][h];
-                if (!kRunning) factor[m][h] = exp2_from(stand, reference[m][h]);
-                float x = stand == -infinity() ? 0.0f : stand;
-                if (kRaw) x = fmaf(kFloatMagic, scale[m][h], x);
-                shift[m][h] = kLog2Levels - x;
-                // Where rounding could lift the maximum to LEVELS + 1/2, stay below LEVELS.
-                if (kIntegerP) shift[m][h] -= fmaxf(fmaf(fabsf(x), 2.4e-7f, -0.002f), 0.0f);
+                float y = kLog2Levels - (kMasked && stand == -infinity() ? 0.0f : stand);
+                // No rounding may lift the maximum to LEVELS + 1/2: stay below LEVELS where it could.
+                if (kIntegerP) y -= fmaxf(fmaf(fabsf(y), 2.4e-7f, -0.002f), 0.0f);
+                shift[m][h] = kRaw ? fma_down(-kFloatMagic, scale[m][h], y) : y;
             }
     }
 
-    __device__ __forceinline__ void move_reference(const float (&maximum)[kM][2]) {
+    // Where O and l stand, and the factor of the tile's product. Nothing that P waits for, unless it stands there, too.
+    __device__ __forceinline__ void settle() {
+        if (higher) move_reference();
+        if (kRunning) return;
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                factor[m][h] = kMasked ? exp2_from(maximum[m][h], reference[m][h])
+                                       : exp2_fast(maximum[m][h] - reference[m][h]);
+    }
+
+    __device__ __forceinline__ void move_reference() {
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -591,6 +712,10 @@ struct Warp {
     __device__ __forceinline__ void exponentials(int block, uint32 fold, const float (&scale)[kM][2],
                                                  const float (&shift)[kM][2], float (&sum)[kM][2]) {
         float4 value[2];
+        if (2 * block < kStash) {
+            take_scores(2 * block);
+            take_scores(2 * block + 1);
+        }
         if (kFolded) {
 #pragma unroll
             for (int n = 0; n < 2; ++n) value[n] = load_float4(fold + 64 * (2 * block + n));
@@ -694,6 +819,7 @@ struct Warp {
             for (int block = 0; block < beside; ++block)
                 multiply_values(product[kIntegerP ? block : 0], buffer, block, step);
         }
+        if (!kRunning) settle();
         add_sums(sum);
         if constexpr (kIntegerP) {
 #pragma unroll
@@ -740,6 +866,12 @@ struct Warp {
 
     // --- the end -----------------------------------------------------------------------------------------------------
 
+    // Can two channels of a result be stored at once?
+    __device__ __forceinline__ bool two_at_a_time() const {
+        return p.channels == Dp && p.out_channel == 1 && ((p.out_batch | p.out_head | p.out_row) & 1) == 0 &&
+               reinterpret_cast<unsigned long long>(p.out) % (2 * sizeof(Out::type)) == 0;
+    }
+
     __device__ __forceinline__ void finish() const {
         const int thread = static_cast<int>(thread_now());
         const int quad = thread % 4;
@@ -749,10 +881,7 @@ struct Warp {
         const int64 kv_head = batch * p.kv_heads + (head - batch * p.heads) / (p.heads / p.kv_heads);
         const float guard = p.guard[kv_head];
         const float* const v_scale = p.v_scale + kv_head * Dp + 2 * quad;
-        // Two channels at a time?
-        const bool pairs = p.channels == Dp && p.out_channel == 1 &&
-                           ((p.out_batch | p.out_head | p.out_row) & 1) == 0 &&
-                           reinterpret_cast<unsigned long long>(p.out) % (2 * sizeof(Out::type)) == 0;
+        const bool pairs = kOutPairs || two_at_a_time();
         const int64 base = batch * p.out_batch + (head - batch * p.heads) * p.out_head;
 #pragma unroll
         for (int m = 0; m < kM; ++m)
@@ -762,9 +891,13 @@ struct Warp {
                 const float total = kProductSum ? l[m][h] : quad_sum(l[m][h]);
                 if (row >= p.queries) continue;
                 const int64 index = static_cast<int64>(head) * p.queries + row;
-                const KeyRange keys = visible_keys(p, row);
+                bool sees = true;
+                if (kMasked) {
+                    const KeyRange keys = visible_keys(p, row);
+                    sees = keys.begin < keys.end;
+                }
                 const float bad = poison(
-                    guard, keys.begin < keys.end ? p.q_scale[kQueryChannelScale ? index * kGroups : index] : 0.0f);
+                    guard, sees ? p.q_scale[kQueryChannelScale ? index * kGroups : index] : 0.0f);
                 const float inverse = finish_factor(total, bad);
                 if (p.lse != nullptr && quad == 0)
                     p.lse[index] = log_sum_exp(reference[m][h], total, static_cast<float>(kLevels),
@@ -779,9 +912,10 @@ struct Warp {
                     if (pairs) {
                         if constexpr (INTFA_OUT == kFloat32)
                             *reinterpret_cast<float2*>(out + channel) = {x, y};
+                        else if constexpr (INTFA_OUT == kFloat16)
+                            *reinterpret_cast<uint32*>(out + channel) = pack2<kHalf>(saturated(x), saturated(y));
                         else
-                            *reinterpret_cast<uint32*>(out + channel) =
-                                pack2<INTFA_OUT == kFloat16 ? kHalf : kBrain>(x, y);
+                            *reinterpret_cast<uint32*>(out + channel) = pack2<kBrain>(x, y);
                     } else {
                         if (channel < p.channels) out[channel * p.out_channel] = Out::store(x);
                         if (channel + 1 < p.channels) out[(channel + 1) * p.out_channel] = Out::store(y);
@@ -800,12 +934,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attenti
     const uint32 shared = shared_address(shared_memory);
 
     const Item item(p, blockIdx.x);
-    const BlockRange range = block_range(p, item.row, min(item.row + kRows, p.queries));
+    BlockRange range = {0, p.tiles, {0, 0}};
+    if (kMasked) range = block_range(p, item.row, min(item.row + kRows, p.queries));
     if (threadIdx.x == 0)
         store_ints(shared + Map::seldom, {range.common.begin, range.common.end, item.head, item.row});
-    const int begin = range.tile_begin;
+    const int begin = kMasked ? range.tile_begin : 0;
     const int end = range.tile_end;
     const Tiles tiles{p, shared, item.kv_head * p.tiles};
+    if constexpr (kBulk) {
+        if (threadIdx.x == 0) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) barrier_init(shared + Map::key_arrival + 8 * i, 1);
+            barrier_init_fence();
+        }
+        __syncthreads();
+    } else if (begin >= end) {
+        __syncthreads();  // else the loop has barriers between the store above and the end, which reads it
+    }
 
     if (begin < end) {
         tiles.copy_key(begin, 0, 0);
@@ -817,37 +962,44 @@ extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attenti
     constexpr bool kAhead = Dp < 256;  // fetch K's scale a tile ahead, if there is a register for it
     float next_scale = kAhead && begin < end ? tiles.scale_of(begin) : 1.0f;
     for (int tile = begin; tile < end; ++tile) {
-        const int parity = (tile - begin) % 2;
+        const int turn = tile - begin;
+        const int parity = turn % 2;
+        const int key_buffer = kKeyBuffers == 2 ? parity : 0;
+        const int value_buffer = kValueBuffers == 2 ? parity : 0;
         const bool more = tile + 1 < end;
         const float key_scale = kAhead ? next_scale : tiles.scale_of(tile);
-        if (kAhead && more) next_scale = tiles.scale_of(tile + 1);
         float scale[kM][2], shift[kM][2];
+        const auto copy_next = [&] {  // but for V where it has one buffer
+            if (more) {
+                tiles.copy_key(tile + 1, kKeyBuffers == 2 ? parity ^ 1 : 0, parity ^ 1);
+                if (kValueBuffers == 2) tiles.copy_value(tile + 1, parity ^ 1);
+            }
+            copy_commit();
+        };
 
-        copy_wait();
-        __syncthreads();  // K is here (V 2: and V), and nobody reads the tile before
+        if (!kBulk) copy_wait();
+        __syncthreads();  // nobody reads the tile before; copied by all threads: K is here (V 2: and V)
         if (kValueBuffers == 1) {
             tiles.copy_value(tile, 0);
             copy_commit();
         }
-        if (kKeyBuffers == 2) {
-            if (more) {
-                tiles.copy_key(tile + 1, parity ^ 1, parity ^ 1);
-                if (kValueBuffers == 2) tiles.copy_value(tile + 1, parity ^ 1);
-            }
-            copy_commit();
+        if (kBulk) {
+            if (kKeyBuffers == 2) copy_next();
+            barrier_wait(shared + Map::key_arrival + 8 * key_buffer, turn / kKeyBuffers % 2);
         }
-        warp.scores(kKeyBuffers == 2 ? parity : 0, parity, tile * kTileKeys);
-        if (kKeyBuffers == 1) {
-            __syncthreads();  // nobody reads K
-            if (more) tiles.copy_key(tile + 1, 0, parity ^ 1);
-            copy_commit();
-        }
-        warp.exponent_of(scale, shift, key_scale);
-        if (kValueBuffers == 1) {
+        warp.scores(key_buffer, parity, tile * kTileKeys);
+        if (kKeyBuffers == 1) __syncthreads();  // nobody reads K
+        warp.exponent_of(scale, shift, key_scale, [&] {
+            if (kAhead && more) next_scale = tiles.scale_of(tile + 1);
+            if (!kBulk || kKeyBuffers == 1) copy_next();
+        });
+        if (kBulk) {
+            barrier_wait(shared + Map::value_arrival + 8 * value_buffer, turn / kValueBuffers % 2);
+        } else if (kValueBuffers == 1) {
             copy_wait_groups<1>();
             __syncthreads();  // V is here
         }
-        warp.values(kValueBuffers == 2 ? parity : 0, parity, scale, shift);
+        warp.values(value_buffer, parity, scale, shift);
     }
     warp.finish();
 }

@@ -19,7 +19,7 @@
 // ring of stages, one works out the items (batch, head, 128 query rows) and leaves a record of each, two warps copy
 // and swizzle the rows of Q. Warpgroups 1 and 2 own 64 of the rows each; they share the tiles and meet in the ring.
 // A consumer's work is one stream of tiles over all its items, which it takes through a software pipeline
-// (PIPELINED). With register arrays A and B of 64 accumulators:
+// where registers allow it. With register arrays A and B of 64 accumulators:
 //
 //     step j:  wait S(j) in A | row maxima of A | wait P V(j-1) in B | O += B | issue S(j+1) into B
 //              | exponentials of A to P | issue P V(j) into A            then A and B change roles
@@ -54,10 +54,9 @@
 //     P_LEVELS    255 or 127
 //     OUT_DTYPE   kFloat16 (0), kBFloat16 (1), kFloat32 (2)
 //     MASKED      0: the caller knows that every row sees every key and that Sk is a multiple of 128 (less code)
-//     OUT_PLAIN   1: the caller knows that D = DP, out_channel = 1, the other strides are even, and out is aligned
-//                 to two elements, so that pairs of channels can be stored; 0: it is not so; -1: look (more code)
+//     OUT_PAIRS   1: the caller knows that D = DP, out_channel = 1, the other strides are even, and out is aligned
+//                 to two elements, so that pairs of channels can be stored; 0: it may not be so
 //     STAGES      ring depth; the default fills shared memory sensibly
-//     PIPELINED, PINGPONG, CHAIN  knobs, see the code
 //
 // Launch: block = 384, grid = min(SMs, batches * heads * row_blocks) with row_blocks = ceil(Sq / 128), dynamic
 // shared memory = 256 * DP * (1 + STAGES) + STAGES * kAuxBytes + 1024 + 16 * DP + 256 + 8 * (4 * STAGES + 6), where
@@ -67,42 +66,12 @@
 #include "copy.cuh"
 #include "mask.cuh"
 #include "params.cuh"
+#include "shared_memory.cuh"
 #include "softmax.cuh"
 #include "wgmma.cuh"
 
-#ifndef STAGES
-#define STAGES (DP == 64 ? 8 : DP == 128 ? 5 : 2)
-#endif
-#ifndef K_SCALE
-#define K_SCALE 1
-#endif
-#ifndef V_FOLDED
-#define V_FOLDED 0
-#endif
-#ifndef P_TILE_MAX
-#define P_TILE_MAX 1
-#endif
-#ifndef P_LEVELS
-#define P_LEVELS 255
-#endif
-#ifndef MASKED
-#define MASKED 1
-#endif
-#ifndef OUT_PLAIN
-#define OUT_PLAIN -1
-#endif
-#ifndef PIPELINED
+// Whether the products of a warp run beside its other work. It takes the registers of two arrays of scores.
 #define PIPELINED (DP <= 128 && K_SCALE == 1)
-#endif
-#ifndef PINGPONG
-#define PINGPONG PIPELINED
-#endif
-#ifndef CHAIN
-#define CHAIN 3
-#endif
-#ifndef OUT_DTYPE
-#define OUT_DTYPE 1
-#endif
 
 namespace intfa {
 
@@ -118,7 +87,9 @@ constexpr int kQueryLoaders = 64;         // threads that copy Q
 constexpr int kConsumerRegisters = 240;   // 128 * (24 + 2 * 240) of the SM's 65536
 // The exponentials run in blocks of 16 keys; a block starts after the probabilities of the one kChain before are
 // packed. Left to itself the compiler puts all exponentials in one run, and all packing behind it.
-constexpr int kChain = CHAIN;
+constexpr int kChain = 3;
+// Whether the warpgroups take turns at the exponentials. It pays where the products run beside them.
+constexpr bool kTurns = PIPELINED;
 
 // Scores stay integers until the exponent when one scale covers all keys of a thread; else they become floats first.
 constexpr bool kRaw = K_SCALE == kScaleGroup;
@@ -129,8 +100,10 @@ static_assert(!kFolded || K_SCALE == kScaleToken, "folded V goes with token scal
 static_assert(DP == 64 || DP == 128 || DP == 256, "head dimension is padded to 64, 128 or 256");
 
 constexpr float kLevels = P_LEVELS;
-constexpr float kLog2Levels = P_LEVELS == 255 ? 7.99435343685886f : 6.98868468677217f;
 static_assert(P_LEVELS == 255 || P_LEVELS == 127, "LEVELS");
+// P is worked out in units of 2^-24; see round2. The exponent of a row's largest:
+constexpr float kUnit = 0x1p-24f;
+constexpr float kLargest = (P_LEVELS == 255 ? 7.99435343685886f : 6.98868468677217f) - 24.0f;
 
 constexpr int kTileBytes = kTileKeys * DP;             // of K and of V
 constexpr int kQueryBytes = kBlockRows * DP;
@@ -141,8 +114,9 @@ constexpr int kRowBytes = DP == 64 ? 64 : 128;         // of a swizzled row of Q
 constexpr unsigned kScoreHigh = descriptor_high(kRowBytes);
 constexpr unsigned kValueHigh = descriptor_high(128);
 
-// A hidden integer score: below every real one, and still finite when scaled.
-constexpr int kHidden = -(1 << 30);
+// A hidden score, as it stands in the array: below every real one. An integer, a float before the scale of its row
+// (not infinite: that scale may be 0), or with folded V an exponent.
+constexpr int kHidden = kRaw ? -(1 << 30) : kFolded ? static_cast<int>(0xff800000u) : static_cast<int>(0xff7fffffu);
 
 constexpr int kRecordBytes = 16 * kConsumers + 32;
 constexpr int kItemSlots = 4;  // a record is read until the item's output is written, one item later; the producers
@@ -172,44 +146,6 @@ struct SharedMap {
     }
     __device__ __forceinline__ unsigned record(int round) const { return item + round % kItemSlots * kRecordBytes; }
 };
-
-// --- shared memory by address -------------------------------------------------------------------------------
-
-__device__ __forceinline__ void store_float(unsigned address, float x) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
-}
-
-__device__ __forceinline__ void store_int4(unsigned address, int x, int y, int z, int w) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
-}
-
-__device__ __forceinline__ int4 load_int4(unsigned address) {
-    int4 x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address));
-    return x;
-}
-
-__device__ __forceinline__ float load_float(unsigned address) {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
-    return x;
-}
-
-__device__ __forceinline__ float2 load_float2(unsigned address) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
-    return x;
-}
-
-__device__ __forceinline__ float4 load_float4(unsigned address) {
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(address));
-    return x;
-}
 
 // --- items: (batch, head, block of 128 rows), dealt to the blocks of the grid -------------------------------
 
@@ -321,6 +257,22 @@ __device__ __forceinline__ void produce_tiles(const AttentionParams& p, const Sh
     }
 }
 
+// Where the c-th 16 bytes of a block's rows of Q lie in shared memory.
+__device__ __forceinline__ unsigned query_offset(int c) {
+    const int row = c / (DP / 16);
+    const int chunk = c % (DP / 16);
+    const int r = row % kGroupRows;
+    const unsigned offset = (row / kGroupRows) * (kGroupRows * DP) + r * kRowBytes;
+    if (DP == 64) return offset + ((chunk ^ (r >> 1 & 3)) << 4);
+    return offset + (chunk / 8) * (kGroupRows * 128) + ((chunk % 8 ^ (r & 7)) << 4);
+}
+
+// Negates 16 bytes of shared memory; none is -128.
+__device__ __forceinline__ void negate16(unsigned address) {
+    const int4 x = load_int4(address);
+    store_int4(address, __vneg4(x.x), __vneg4(x.y), __vneg4(x.z), __vneg4(x.w));
+}
+
 // Q, its scales and those of V. Rows beyond Sq become zeros.
 __device__ __forceinline__ void produce_queries(const AttentionParams& p, const SharedMap& map, int thread) {
     constexpr int chunks = DP / 16;  // 16-byte chunks of a row
@@ -338,16 +290,8 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, const 
         const int rows = p.queries - item.x;
 #pragma unroll 1
         for (int c = thread; c < kBlockRows * chunks; c += kQueryLoaders) {
-            const int row = c / chunks;
-            const int chunk = c % chunks;
-            const int r = row % kGroupRows;
-            unsigned offset = (row / kGroupRows) * (kGroupRows * DP) + r * kRowBytes;
-            if (DP == 64)
-                offset += (chunk ^ (r >> 1 & 3)) << 4;
-            else
-                offset += (chunk / 8) * (kGroupRows * 128) + ((chunk % 8 ^ (r & 7)) << 4);
-            const bool inside = row < rows;
-            copy16_async(target + offset, inside ? source + c * 16 : p.q, inside);
+            const bool inside = c / chunks < rows;
+            copy16_async(target + query_offset(c), inside ? source + c * 16 : p.q, inside);
         }
         const unsigned scales = map.query_scale + buffer * kBlockRows * 4;
 #pragma unroll 1
@@ -360,6 +304,10 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, const 
         for (int channel = thread; channel < DP; channel += kQueryLoaders)
             copy4_async(map.value_scale + (round % kItemSlots * DP + channel) * 4, v_scale + channel, true);
         copies_wait();
+        if (p.scale_log2 < 0.0f) {  // a negative softmax scale goes into Q, so that larger scores weigh more
+#pragma unroll 1
+            for (int c = thread; c < kBlockRows * chunks; c += kQueryLoaders) negate16(target + query_offset(c));
+        }
         shared_store_fence();
         barrier_arrive(map.query_full(buffer));
     }
@@ -378,12 +326,17 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(kFullWarp, x, 2);
 }
 
-// Two probabilities 0..255, rounded to integers in the low bytes of two halves: a half in [1024, 2048) has ulp 1.
+// Two probabilities in units of the smallest half, 2^-24, rounded to integers below 1024: as halves they are subnormal,
+// and those have the integers for bits.
 __device__ __forceinline__ unsigned round2(float e0, float e1) {
     unsigned y;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(e1), "f"(e0));
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(y), "r"(0x64006400u));
     return y;
+}
+
+// Largest of three, one instruction.
+__device__ __forceinline__ int max3(int x, int y, int z) {
+    return __vimax3_s32(x, y, z);
 }
 
 // Accumulator element of the n-th key of a word of P: the two rows alternate from word to word, and the four keys are
@@ -399,11 +352,16 @@ __device__ __forceinline__ constexpr int row_of(int i) {
 
 // --- consumer -----------------------------------------------------------------------------------------------
 
+// Within float16's range; NaN stays.
+__device__ __forceinline__ float saturated(float x) {
+    return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+}
+
 // Two outputs of 16 bits in a word, x in the low half.
 __device__ __forceinline__ unsigned convert_pair(float x, float y) {
     unsigned xy;
     if (OUT_DTYPE == kFloat16)
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(xy) : "f"(y), "f"(x));
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(xy) : "f"(saturated(y)), "f"(saturated(x)));
     else
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(xy) : "f"(y), "f"(x));
     return xy;
@@ -493,41 +451,19 @@ struct Consumer {
             const unsigned step = k % 4 * kDescriptorStep32;
             const unsigned long long da = descriptor(a + k / 4 * (kGroupRows * 128 >> 4) + step, kScoreHigh);
             const unsigned long long db = descriptor(b + k / 4 * (kTileKeys * 128 >> 4) + step, kScoreHigh);
-            if (k == 0)
-                wgmma_s8s8_n128_first(s, da, db);
-            else
-                wgmma_s8s8_n128(s, da, db);
+            wgmma_s8s8(s, da, db, k > 0);
         }
         wgmma_commit();
     }
 
-    // acc = P V of 128 channels from the given one.
-    __device__ __forceinline__ void issue_values(int (&acc)[64], int stage, int channel) const {
+    // acc = P V of 2 n channels from the given one.
+    template <int n>
+    __device__ __forceinline__ void issue_values(int (&acc)[n], int stage, int channel) const {
         const unsigned b = value_low + stage * (kTileBytes >> 4) + channel * (128 >> 4);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const unsigned long long db = descriptor(b + k * kDescriptorStep32, kValueHigh);
-            if (k == 0)
-                wgmma_u8s8_n128_first(acc, prob + 4 * k, db);
-            else
-                wgmma_u8s8_n128(acc, prob + 4 * k, db);
-        }
-        wgmma_commit();
-    }
-
-    // The same of 64 channels.
-    __device__ __forceinline__ void issue_values(int (&acc)[32], int stage, int) const {
-        const unsigned b = value_low + stage * (kTileBytes >> 4);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const unsigned long long db = descriptor(b + k * kDescriptorStep32, kValueHigh);
-            if (k == 0)
-                wgmma_u8s8_n64_first(acc, prob + 4 * k, db);
-            else
-                wgmma_u8s8_n64(acc, prob + 4 * k, db);
-        }
+        for (int k = 0; k < 4; ++k)
+            wgmma_u8s8(acc, prob + 4 * k, descriptor(b + k * kDescriptorStep32, kValueHigh), k > 0);
         wgmma_commit();
     }
 
@@ -577,19 +513,18 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void hide_scores(int (&s)[64], const Place& place) const {
-        const int hidden = kRaw ? kHidden : static_cast<int>(0xff800000u);  // -inf
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const unsigned bits = visible_bits(place, r);
 #pragma unroll
             for (int i = 2 * r; i < 64; i += 4) {
-                s[i] = bits & 1u << (i - 2 * r) / 2 ? s[i] : hidden;
-                s[i + 1] = bits & 2u << (i - 2 * r) / 2 ? s[i + 1] : hidden;
+                s[i] = bits & 1u << (i - 2 * r) / 2 ? s[i] : kHidden;
+                s[i + 1] = bits & 2u << (i - 2 * r) / 2 ? s[i + 1] : kHidden;
             }
         }
     }
 
-    // Zero the probabilities of hidden keys: with integer scores a tiny scale would let them through.
+    // Zero the probabilities of hidden keys: a tiny scale would let them through.
     __device__ __forceinline__ void hide_probabilities(const Place& place) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -607,12 +542,12 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < 64; i += 2) {
                 int& y = x[row_of(i)][i / 4 % 4];
-                y = i < 16 ? max(s[i], s[i + 1]) : max(y, max(s[i], s[i + 1]));
+                y = i < 16 ? max(s[i], s[i + 1]) : max3(y, s[i], s[i + 1]);
             }
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const int y = max(max(x[r][0], x[r][1]), max(x[r][2], x[r][3]));
-                m[r] = y == kHidden ? -infinity() : static_cast<float>(y) * scale[r];
+                const int y = max(max3(x[r][0], x[r][1], x[r][2]), x[r][3]);
+                m[r] = MASKED && y == kHidden ? -infinity() : static_cast<float>(y) * scale[r];
             }
         } else {
             float x[2][4];
@@ -625,11 +560,17 @@ struct Consumer {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float y = fmaxf(fmaxf(x[r][0], x[r][1]), fmaxf(x[r][2], x[r][3]));
-                m[r] = kFolded ? y : y * scale[r];
+                m[r] = kFolded ? y : MASKED && y == __int_as_float(kHidden) ? -infinity() : y * scale[r];
             }
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) m[r] = quad_max(m[r]);
+    }
+
+    // What takes an exponent relative to a maximum: kLargest - m, and lower by as much as m and this difference are
+    // rounded. Else a maximum of 20,000 could come out as P = 256, which a byte takes for 0.
+    static __device__ __forceinline__ float shift_from(float m) {
+        return m == -infinity() ? kLargest : fmaf(fabsf(m), -0x1p-23f, kLargest) - m;
     }
 
     // From the rows' maxima: the shift of the exponents, the factor of this tile's product, l's rescaling.
@@ -652,14 +593,14 @@ struct Consumer {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 factor[r] = exp2_from(m[r], reference[r]);
-                shift[r] = kLog2Levels - (m[r] == -infinity() ? 0.0f : m[r]);
+                shift[r] = shift_from(m[r]);
             }
         } else {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float to = fmaxf(reference[r], m[r]);
                 factor[r] = exp2_from(reference[r], to);
-                shift[r] = kLog2Levels - (to == -infinity() ? 0.0f : to);
+                shift[r] = shift_from(to);
                 reference[r] = to;
             }
         }
@@ -706,10 +647,10 @@ struct Consumer {
                     round2(__int_as_float(s[score_of(w, 2)]), __int_as_float(s[score_of(w, 3)])), 0x6420);
         }
         pass_turn();
-        if (MASKED && kRaw && __builtin_expect(place.masked, 0)) hide_probabilities(place);
+        if (MASKED && !kFolded && __builtin_expect(place.masked, 0)) hide_probabilities(place);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float sum = unrounded[r];
+            float sum = unrounded[r] * (1.0f / kUnit);
             if (!kFolded) {
                 unsigned count[2] = {0, 0};
 #pragma unroll
@@ -770,13 +711,7 @@ struct Consumer {
                 p.lse[at_row] = log_sum_exp(reference[r], total, kLevels, offset, poisoned);
             }
         }
-        constexpr int element = OUT_DTYPE == kFloat32 ? 4 : 2;
-        const bool plain = OUT_PLAIN >= 0
-                               ? OUT_PLAIN != 0
-                               : p.channels == DP && p.out_channel == 1 &&
-                                     ((p.out_batch | p.out_head | p.out_row) & 1) == 0 &&
-                                     (reinterpret_cast<unsigned long long>(p.out) & (2 * element - 1)) == 0;
-        if (plain) {
+        if (OUT_PAIRS) {
 #pragma unroll
             for (int i = 0; i < DP / 8; ++i) {
                 const float2 scale = load_float2(v_scale + 32 * i);
@@ -807,8 +742,9 @@ struct Consumer {
     __device__ __forceinline__ void read_scales(float (&scale)[2]) const {
         const unsigned address = map.query_scale + ((at.round & 1) * kBlockRows + row_in_block) * 4;
         const float key_scale = kRaw ? load_float(map.aux + at.ring.stage * kAuxBytes + 4 * quad) : 1.0f;
-        scale[0] = load_float(address) * p.scale_log2 * key_scale;
-        scale[1] = load_float(address + 32) * p.scale_log2 * key_scale;
+        const float factor = fabsf(p.scale_log2) * key_scale;  // its sign is in Q
+        scale[0] = load_float(address) * factor;
+        scale[1] = load_float(address + 32) * factor;
     }
 
     // From S to the row maxima: everything of a step before the product under way is needed. scale: of the two rows.
@@ -833,11 +769,11 @@ struct Consumer {
 
     // Two warpgroups take turns at the exponentials, so that one computes them while the other does everything else.
     __device__ __forceinline__ void take_turn() const {
-        if (PINGPONG) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
+        if (kTurns) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
     }
 
     __device__ __forceinline__ void pass_turn() const {
-        if (PINGPONG) asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory");
+        if (kTurns) asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory");
     }
 
     // From the row maxima to P.
@@ -1013,7 +949,7 @@ extern "C" __global__ void __launch_bounds__(intfa::kThreads, 1)
         // The result of a warp reduction is known to be the same in all lanes.
         const int group = static_cast<int>(__reduce_max_sync(kFullWarp, threadIdx.x / 128)) - 1;
         Consumer consumer(p, map, group, thread);
-        if (PINGPONG && group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
+        if (kTurns && group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
         consumer.run();
     }
 }

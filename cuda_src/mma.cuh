@@ -7,6 +7,7 @@
 // A depth of 32 bytes is 32 8-bit or 16 16-bit elements: seen as bytes, all formats have the same fragments.
 #pragma once
 
+#include "copy.cuh"
 #include "platform.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -15,20 +16,12 @@
 
 namespace intfa {
 
-// What elements of Q, K, P or V are stored as.
-constexpr int kInt8 = 0;
-constexpr int kInt4 = 1;  // two to a byte, unpacked to int8 in registers
-constexpr int kHalf = 2;
-constexpr int kBrain = 3;  // bfloat16
-constexpr int kE4M3 = 4;
-constexpr int kE5M2 = 5;
-
-// What one scale of K covers, beside those of params.cuh: a head, (B, Hkv).
-constexpr int kScaleHead = 4;
-
-constexpr int format_bits(int format) {
-    return format == kInt4 ? 4 : format == kHalf || format == kBrain ? 16 : 8;
-}
+// One thread can copy a whole tile (cp.async.bulk).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kBulkCopies = true;
+#else
+constexpr bool kBulkCopies = false;
+#endif
 
 // --- integer products: d = a b + c -----------------------------------------------------------------------------
 //
@@ -79,10 +72,6 @@ __device__ __forceinline__ void mma_float(float* d, const uint32* a, uint32 b0, 
 #undef INTFA_MMA_FLOAT
 
 // --- operands from shared memory -------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32 shared_address(const void* pointer) {
-    return static_cast<uint32>(__cvta_generic_to_shared(pointer));
-}
 
 // Four 8x8 matrices of 16-bit elements (8 rows of 16 bytes each); lane l gives the address of row l % 8 of matrix
 // l / 8 and gets bytes 4q..4q+3 of row r of each.
@@ -137,6 +126,10 @@ __device__ __forceinline__ void store_ints(uint32 address, int4 x) {
                  : "memory");
 }
 
+__device__ __forceinline__ void store_float(uint32 address, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+
 // 16 bytes, global to shared, asynchronous; see copy_commit and copy_wait_groups.
 __device__ __forceinline__ void copy16_async(uint32 shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
@@ -175,6 +168,9 @@ __device__ __forceinline__ uint32 pack2(float x, float y) {
     }
     return word;
 }
+
+// a b + c, rounded down.
+__device__ __forceinline__ float fma_down(float a, float b, float c) { return __fmaf_rd(a, b, c); }
 
 // Two numbers 0..255, rounded to integers in the low bytes of two halves: a half in [1024, 2048) has unit steps.
 __device__ __forceinline__ uint32 round2(float x, float y) {

@@ -31,6 +31,13 @@ using int64 = long long;
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// What is compiled for, 900 for sm_90; 0 on a host.
+#ifdef __CUDA_ARCH__
+constexpr int kArchitecture = __CUDA_ARCH__;
+#else
+constexpr int kArchitecture = 0;
+#endif
+
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
 
@@ -57,6 +64,17 @@ __device__ __forceinline__ float div_rn(float a, float b) {
     return __fdiv_rn(a, b);
 #else
     return a / b;
+#endif
+}
+
+// 1 / x to about a unit in the last place, for x and 1 / x in the normal range.
+__device__ __forceinline__ float reciprocal_near(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.0f / x;
 #endif
 }
 
@@ -121,6 +139,46 @@ __device__ __forceinline__ uint32 pack_halves(float a, float b) {
     uint32 word;
     __builtin_memcpy(&word, pair, sizeof word);
     return word;
+#endif
+}
+
+// A float within an FP8 format's range, or NaN, rounded to it, half to even.
+template <int format>
+__device__ __forceinline__ uint32 to_fp8(float x) {
+    constexpr int mantissa = format == kE4M3 ? 3 : 2;
+    constexpr int bias = format == kE4M3 ? 7 : 15;
+    constexpr int shift = 23 - mantissa;
+    const uint32 word = static_cast<uint32>(__float_as_int(x)), magnitude = word & 0x7fffffffu;
+    uint32 byte;
+    if (magnitude > 0x7f800000u) {
+        byte = 0x7f;
+    } else if (magnitude < static_cast<uint32>(128 - bias) << 23) {
+        // Subnormal: a multiple of 2^(1 - bias - mantissa), the last place of the number that is added.
+        constexpr int magic = (127 + 24 - bias - mantissa) << 23 | 0x400000;
+        byte = static_cast<uint32>(__float_as_int(add_rn(__int_as_float(static_cast<int>(magnitude)),
+                                                         __int_as_float(magic)))) & 0xffu;
+    } else {
+        const uint32 rounded = magnitude + (1u << (shift - 1)) - 1 + (magnitude >> shift & 1u);
+        byte = (rounded >> shift) - ((127 - bias) << mantissa);
+    }
+    return byte | (word >> 24 & 0x80u);
+}
+
+// Four of them, the first one lowest.
+template <int format>
+__device__ __forceinline__ uint32 pack_fp8(float a, float b, float c, float d) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    unsigned short low, high;
+    if constexpr (format == kE4M3) {
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+    } else {
+        asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+        asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+    }
+    return low | static_cast<uint32>(high) << 16;
+#else
+    return to_fp8<format>(a) | to_fp8<format>(b) << 8 | to_fp8<format>(c) << 16 | to_fp8<format>(d) << 24;
 #endif
 }
 

@@ -73,51 +73,31 @@ __device__ __forceinline__ void wgmma_wait(int (&acc)[32], unsigned (&a)[16]) {
     asm volatile("wgmma.wait_group.sync.aligned %48;" : INTFA_R32(acc, 0), INTFA_R16(a, 0) : "n"(pending) : "memory");
 }
 
-// acc (64 x 128) = A B, both signed bytes in shared memory.
-__device__ __forceinline__ void wgmma_s8s8_n128_first(int (&acc)[64], unsigned long long a, unsigned long long b) {
+// acc (64 x 128) = A B, or += where `add`, both signed bytes in shared memory.
+__device__ __forceinline__ void wgmma_s8s8(int (&acc)[64], unsigned long long a, unsigned long long b, bool add) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" INTFA_D64 "}, %64, %65, p;\n}"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" INTFA_D64 "}, %64, %65, add;\n}"
         : INTFA_R64(acc)
-        : "l"(a), "l"(b));
-}
-
-// acc += A B
-__device__ __forceinline__ void wgmma_s8s8_n128(int (&acc)[64], unsigned long long a, unsigned long long b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" INTFA_D64 "}, %64, %65, 1;"
-                 : INTFA_R64(acc)
-                 : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
 // The same with unsigned A in registers: words {row r, depth 4q..}, {row r+8}, {row r, depth 16+4q..}, {row r+8}.
-__device__ __forceinline__ void wgmma_u8s8_n128_first(int (&acc)[64], const unsigned* a, unsigned long long b) {
+__device__ __forceinline__ void wgmma_u8s8(int (&acc)[64], const unsigned* a, unsigned long long b, bool add) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" INTFA_D64 "}, {%64, %65, %66, %67}, %68, p;\n}"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" INTFA_D64 "}, {%64, %65, %66, %67}, %68, add;\n}"
         : INTFA_R64(acc)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void wgmma_u8s8_n128(int (&acc)[64], const unsigned* a, unsigned long long b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" INTFA_D64 "}, {%64, %65, %66, %67}, %68, 1;"
-        : INTFA_R64(acc)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 
 // 64 columns.
-__device__ __forceinline__ void wgmma_u8s8_n64_first(int (&acc)[32], const unsigned* a, unsigned long long b) {
+__device__ __forceinline__ void wgmma_u8s8(int (&acc)[32], const unsigned* a, unsigned long long b, bool add) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" INTFA_D32 "}, {%32, %33, %34, %35}, %36, p;\n}"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" INTFA_D32 "}, {%32, %33, %34, %35}, %36, add;\n}"
         : INTFA_R32(acc, 0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void wgmma_u8s8_n64(int (&acc)[32], const unsigned* a, unsigned long long b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" INTFA_D32 "}, {%32, %33, %34, %35}, %36, 1;"
-                 : INTFA_R32(acc, 0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 
 #undef INTFA_D64

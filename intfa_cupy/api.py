@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from . import arrays, dispatch
@@ -39,6 +40,50 @@ def _problem(
         out_dtype=arrays.dtype_name(q),
         return_lse=bool(lse),
     )
+
+
+#: What calls on arrays on a GPU were found to do, by all that it follows from.
+_plans: dict[Any, dispatch.Plan] = {}
+_MOST = 1024
+
+
+def _plan(
+    q: Any,
+    k: Any,
+    v: Any,
+    recipe: str | Recipe,
+    is_causal: bool,
+    scale: Any,
+    layout: str,
+    window: Any,
+    lse: bool,
+    backend: str,
+) -> dispatch.Plan:
+    """Check a call's arguments and choose what serves it. Remembered on a GPU, where a call is short."""
+
+    def select(on_gpu: bool) -> dispatch.Plan:
+        problem = _problem(q, k, v, recipe, is_causal, scale, layout, window, lse)
+        return dispatch.select(problem, backend, on_gpu=on_gpu)
+
+    if backend == "numpy" or not _on_gpu(q) or None in (arrays.kind(k), arrays.kind(v)):
+        return select(_on_gpu(q))
+    from . import gpu
+
+    arguments = (recipe, getattr(recipe, "name", None), is_causal, scale, layout, window, lse, backend)
+    key = (
+        *(gpu.device(), type(q), type(k), type(v), q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape),
+        *arguments,
+    )
+    try:
+        found = _plans.get(key)
+    except TypeError:  # an argument that cannot be hashed, as a window in a list
+        return select(True)
+    if found is None:
+        found = select(True)
+        if len(_plans) >= _MOST:
+            _plans.clear()
+        _plans[key] = found
+    return found
 
 
 def _quantize_on_host(q: Any, k: Any, v: Any, recipe: Recipe, layout: str) -> QuantizedQKV:
@@ -164,16 +209,15 @@ def attention(
     >>> intfa.error_report(out, ref).relative_l2 < 0.02
     True
     """
-    problem = _problem(q, k, v, recipe, is_causal, scale, layout, window, return_lse)
+    plan = _plan(q, k, v, recipe, is_causal, scale, layout, window, return_lse, backend)
     _check_out(out, q)
-    plan = dispatch.select(problem, backend, on_gpu=_on_gpu(q))
     if plan.backend != "numpy":
         from . import gpu
 
         return gpu.attention(q, k, v, plan, layout=layout, out=out)
     from .model import attention_numpy
 
-    ndim = len(arrays.shape(q))
+    problem, ndim = plan.problem, len(arrays.shape(q))
     qkv = _quantize_on_host(q, k, v, problem.recipe, layout)
     result, lse = attention_numpy(qkv, problem)
     result = arrays.from_bhsd(result, layout, ndim)
@@ -208,13 +252,12 @@ def quantize_qkv(
     >>> intfa.quantize_qkv(x, x, x).q
     QuantizedTensor(q, int8, shape=(1, 2, 128, 64), scale per token, 17,408 bytes)
     """
-    problem = _problem(q, k, v, recipe, False, None, layout, None, False)
-    plan = dispatch.select(problem, backend, on_gpu=_on_gpu(q))
+    plan = _plan(q, k, v, recipe, False, None, layout, None, False, backend)
     if plan.backend != "numpy":
         from . import gpu
 
         return gpu.quantize(q, k, v, plan, layout=layout)
-    return _quantize_on_host(q, k, v, problem.recipe, layout)
+    return _quantize_on_host(q, k, v, plan.problem.recipe, layout)
 
 
 def attention_quantized(
@@ -260,6 +303,29 @@ def attention_quantized(
     """
     if not isinstance(qkv, QuantizedQKV):
         raise TypeError(f"qkv must be a QuantizedQKV, got {type(qkv).__name__}")
+    arguments = (is_causal, scale, window, return_lse, out_dtype, backend)
+    try:
+        call = qkv.calls.get(arguments)
+    except TypeError:  # one that cannot be hashed, as a window in a list
+        return _quantized_call(qkv, *arguments)()
+    if call is None:
+        call = _quantized_call(qkv, *arguments)
+        if len(qkv.calls) >= _MOST:
+            qkv.calls.clear()
+        qkv.calls[arguments] = call
+    return call()
+
+
+def _quantized_call(
+    qkv: QuantizedQKV,
+    is_causal: bool,
+    scale: Any,
+    window: Any,
+    return_lse: bool,
+    out_dtype: str | None,
+    backend: str,
+) -> Callable[[], Any]:
+    """Check the arguments of attention_quantized and return what serves it, ready to be called."""
     dtype = qkv.out_dtype if out_dtype is None else arrays.floating_name("out_dtype", out_dtype)
     B, H, Sq, D = qkv.q.shape
     Hkv, Sk = qkv.k.shape[1:3]
@@ -271,16 +337,21 @@ def attention_quantized(
     if plan.backend != "numpy":
         from . import gpu
 
-        return gpu.attention_quantized(qkv, plan)
-    from .model import attention_numpy
+        return gpu.bind(qkv, plan)
 
-    if qkv.q.layout == "packed":
-        from . import packing
+    def on_host() -> Any:
+        from .model import attention_numpy
 
-        qkv = packing.to_host(qkv)
-    result, lse = attention_numpy(qkv, problem)
-    done = arrays.like(result, result, dtype)
-    return (done, lse) if return_lse else done
+        plain = qkv
+        if qkv.q.layout == "packed":
+            from . import packing
+
+            plain = packing.to_host(qkv)
+        result, lse = attention_numpy(plain, problem)
+        done = arrays.like(result, result, dtype)
+        return (done, lse) if return_lse else done
+
+    return on_host
 
 
 def explain(
@@ -320,5 +391,4 @@ def explain(
     >>> intfa.explain(x, x, x).backend
     'numpy'
     """
-    problem = _problem(q, k, v, recipe, is_causal, scale, layout, window, return_lse)
-    return dispatch.select(problem, backend, on_gpu=_on_gpu(q))
+    return _plan(q, k, v, recipe, is_causal, scale, layout, window, return_lse, backend)

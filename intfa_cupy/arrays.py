@@ -6,6 +6,7 @@ three optional libraries is imported for a user who does not use it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -31,13 +32,18 @@ FLOATING = ("float16", "bfloat16", "float32", "float64")
 _KINDS = {"numpy": "numpy", "cupy": "cupy", "torch": "torch", "jax": "jax", "jaxlib": "jax"}
 
 
-def kind(x: object) -> str | None:
+def kind(x: Any) -> str | None:
     """Return ``"numpy"``, ``"cupy"``, ``"torch"`` or ``"jax"``; None for anything else."""
-    if isinstance(x, np.ndarray):
+    return _kind_of(type(x))  # type: ignore[arg-type]  # mypy does not take a class for hashable
+
+
+@lru_cache(maxsize=256)
+def _kind_of(cls: type) -> str | None:
+    if issubclass(cls, np.ndarray):
         return "numpy"
-    for cls in type(x).__mro__:
-        found = _KINDS.get(cls.__module__.partition(".")[0])
-        if found is not None and hasattr(x, "dtype") and hasattr(x, "shape"):
+    for base in cls.__mro__:
+        found = _KINDS.get(base.__module__.partition(".")[0])
+        if found is not None and hasattr(cls, "dtype") and hasattr(cls, "shape"):
             return found
     return None
 
@@ -49,7 +55,13 @@ def shape(x: Any) -> tuple[int, ...]:
 
 def dtype_name(x: Any) -> str:
     """Return NumPy's name of an array's dtype (``"float16"`` for ``torch.float16``)."""
-    return str(x.dtype).removeprefix("torch.")
+    return _name_of(x.dtype)
+
+
+@lru_cache(maxsize=256)
+def _name_of(dtype: Any) -> str:
+    # NumPy would work it out anew at every call.
+    return str(dtype).removeprefix("torch.")
 
 
 def floating_name(name: str, dtype: Any) -> str:

@@ -2,23 +2,35 @@
 
 Times are medians of single launches with the L2 cache overwritten before each. The overwriting also
 hides the host: it takes longer than enqueueing the call behind it, and calls of several kernels are
-captured in a CUDA graph first. Absolute times move from machine to machine; the ratios are what
-is claimed, and they are of one run on one card.
+captured in a CUDA graph first. All contestants at a shape take turns, one launch each in every round and
+another one first in the next, so that a clock that falls as the card warms up costs them the
+same. Absolute times move from machine to machine; the ratios are what is claimed, and they are of one
+run on one card.
 """
 
 from __future__ import annotations
 
-import datetime
 import math
-import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-__all__ = ["PAPER_SHAPES", "BenchResult", "BenchUnavailable", "Row", "Shape", "bench", "equal_token_shapes"]
+from . import paper
+
+__all__ = [
+    "PAPER_SHAPES",
+    "PEERS",
+    "BenchResult",
+    "BenchUnavailable",
+    "Row",
+    "Shape",
+    "bench",
+    "equal_token_shapes",
+    "label",
+]
 
 #: Bytes written between two timed launches: several times any L2.
 _FLUSH_BYTES = 512 << 20
@@ -49,12 +61,20 @@ class Shape:
         pairs = self.N * (self.N + 1) // 2 if self.causal else self.N * self.N
         return 4 * self.B * self.H * self.D * pairs
 
+    @property
+    def fp16_bytes(self) -> int:
+        """int : bytes of Q, K and V in 16 bits."""
+        return 3 * 2 * self.B * self.H * self.N * self.D
+
     def __str__(self) -> str:
         return f"B{self.B} H{self.H} N{self.N} d{self.D}{' causal' if self.causal else ''}"
 
 
+#: What torch's attention is timed as.
+PEERS = ("cuDNN bf16", "FlashAttention-2 bf16")
+
 #: The shapes of INT-FlashAttention's speed figure (arXiv 2409.16997, section 4).
-PAPER_SHAPES = tuple(Shape(4, 32, n, 64) for n in (1024, 2048, 4096, 8192, 16384))
+PAPER_SHAPES = tuple(Shape(4, 32, n, paper.HEAD_DIM) for n in paper.LENGTHS)
 
 
 def equal_token_shapes(
@@ -117,15 +137,26 @@ class Row:
 
 @dataclass
 class BenchResult:
-    """All rows, and the machine and versions that they hold for."""
+    """All rows, and the machine and versions that they hold for.
+
+    ``missing`` says why a contestant, by its label, has no row.
+    """
 
     machine: dict[str, Any]
     rows: list[Row]
+    missing: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        rows = [{**asdict(row), "shape": {**asdict(row.shape), "label": str(row.shape)}} for row in self.rows]
-        return {"machine": self.machine, "rows": rows}
+        """Return plain data for JSON, in which a peak that is not known is null."""
+        rows = [
+            {
+                **asdict(row),
+                "peak": None if math.isnan(row.peak) else row.peak,
+                "shape": {**asdict(row.shape), "label": str(row.shape)},
+            }
+            for row in self.rows
+        ]
+        return {"machine": self.machine, "rows": rows, "missing": self.missing}
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> BenchResult:
@@ -133,12 +164,24 @@ class BenchResult:
         rows = []
         for entry in document["rows"]:
             shape = {k: v for k, v in entry["shape"].items() if k != "label"}
-            rows.append(Row(**{**entry, "shape": Shape(**shape)}))
-        return cls(document["machine"], rows)
+            peak = math.nan if entry["peak"] is None else entry["peak"]
+            rows.append(Row(**{**entry, "shape": Shape(**shape), "peak": peak}))
+        return cls(document["machine"], rows, document.get("missing", {}))
+
+    def reasons(self) -> dict[str, list[str]]:
+        """Return `missing` the other way round: the contestants for each reason."""
+        found: dict[str, list[str]] = {}
+        for contestant, reason in self.missing.items():
+            found.setdefault(reason, []).append(contestant)
+        return found
 
     def shapes(self) -> list[Shape]:
         """Return the shapes in the order measured."""
         return list(dict.fromkeys(row.shape for row in self.rows))
+
+
+#: Median, 10th and 90th percentile in milliseconds.
+Times = tuple[float, float, float]
 
 
 class _Timer:
@@ -160,29 +203,40 @@ class _Timer:
         with torch.cuda.stream(torch.cuda.ExternalStream(self.stream.ptr)):
             yield
 
-    def __call__(self, call: Callable[[], Any], *, graph: bool) -> tuple[float, float, float]:
-        """Return (median, 10th, 90th percentile) of one launch in milliseconds."""
+    def prepare(self, call: Callable[[], Any], *, graph: bool) -> Callable[[], Any]:
+        """Warm a call up and return what launches it; a replay of its CUDA graph if ``graph``."""
         with self.stream:
             for _ in range(3):
-                keep = call()
-            run: Callable[[], Any] = call
-            if graph:
-                self.stream.begin_capture()
-                keep = call()  # holds the captured outputs' memory while the graph is replayed
-                captured = self.stream.end_capture()
-                run = lambda: captured.launch(self.stream)  # noqa: E731
-                run()
-            begin = [self.cp.cuda.Event() for _ in range(self.repeats)]
-            end = [self.cp.cuda.Event() for _ in range(self.repeats)]
-            for a, b in zip(begin, end, strict=True):
-                self.flush.fill(1)
-                a.record(self.stream)
-                run()
-                b.record(self.stream)
+                kept = call()
+            if not graph:
+                return call
+            self.stream.begin_capture()
+            kept = call()
+            captured = self.stream.end_capture()
+
+        def replay(kept: Any = kept) -> None:  # the captured outputs' memory lives as long as the replay
+            captured.launch(self.stream)
+
+        replay()
+        return replay
+
+    def rounds(self, runs: Sequence[Callable[[], Any]]) -> list[Times]:
+        """Launch all in turn, ``repeats`` times over; return each one's median and percentiles."""
+        event = self.cp.cuda.Event
+        marks: list[list[tuple[Any, Any]]] = [[] for _ in runs]
+        with self.stream:
+            for turn in range(self.repeats):
+                for i in range(len(runs)):
+                    i = (i + turn) % len(runs)
+                    begin, end = event(), event()
+                    self.flush.fill(1)
+                    begin.record(self.stream)
+                    runs[i]()
+                    end.record(self.stream)
+                    marks[i].append((begin, end))
             self.stream.synchronize()
-            del keep
-        times = np.array([self.cp.cuda.get_elapsed_time(a, b) for a, b in zip(begin, end, strict=True)])
-        return tuple(float(np.percentile(times, p)) for p in (50, 10, 90))  # type: ignore[return-value]
+        elapsed = [[self.cp.cuda.get_elapsed_time(a, b) for a, b in pairs] for pairs in marks]
+        return [tuple(float(np.percentile(t, p)) for p in (50, 10, 90)) for t in elapsed]  # type: ignore[misc]
 
 
 def bench(
@@ -202,7 +256,8 @@ def bench(
     shapes : iterable of Shape
     recipes : iterable of str
     backends : iterable of str, optional
-        Kernels to time; by default the one that ``backend="auto"`` takes.
+        Kernels to time, ``"auto"`` among them; by default the one that ``"auto"`` takes. One that serves
+        a recipe under two names is timed once.
     peers : bool
         Also time torch's scaled_dot_product_attention in bfloat16 with the cuDNN and the flash
         (FlashAttention-2) backends, where torch is installed.
@@ -230,24 +285,27 @@ def bench(
     timer = _Timer(repeats)
     machine = _machine(timer)
     rows: list[Row] = []
+    missing: dict[str, str] = {}
     tell = progress or (lambda _: None)
+    recipes, kernels = tuple(recipes), tuple(backends or ("auto",))
     for shape in shapes:
+        tell(f"{shape}: compile, check")
         arrays = _inputs(shape)
         exact = _Sample(shape, arrays) if errors else None
-        at_shape: list[Row] = []
-        for name in recipes:
-            for backend in backends or ("auto",):
-                tell(f"{shape} {name}")
-                at_shape += _own_rows(timer, machine, shape, arrays, name, backend, exact)
+        contestants = _own(timer, shape, arrays, recipes, kernels, exact, missing)
         if peers:
-            tell(f"{shape} peers")
-            at_shape += _peer_rows(timer, machine, shape, arrays, exact)
+            contestants += _peers(timer, shape, arrays, exact, missing)
+        tell(f"{shape}: time {len(contestants)} calls in {repeats} rounds")
+        # Captured only now that all that lives on is allocated: a graph goes on writing to what its call
+        # gave back to the memory pool, which must not have become another contestant's input.
+        times = timer.rounds([timer.prepare(c.call, graph=c.graph) for c in contestants])
+        at_shape = [_row(machine, shape, c, t) for c, t in zip(contestants, times, strict=True)]
         references = {row.name: row.milliseconds for row in at_shape if row.stage == "peer"}
         for row in at_shape:
             if row.stage != "quantisation":
                 row.ratios = {peer: time / row.milliseconds for peer, time in references.items()}
         rows += at_shape
-    return BenchResult(machine, rows)
+    return BenchResult(machine, rows, missing)
 
 
 def _inputs(shape: Shape) -> list[Any]:
@@ -278,118 +336,133 @@ class _Sample:
         return float(np.linalg.norm(out[self.rows] - self.exact) / np.linalg.norm(self.exact))
 
 
-def _own_rows(
+@dataclass(frozen=True)
+class _Contestant:
+    """A call to be timed, as a CUDA graph if ``graph``, and what its row says besides the time."""
+
+    name: str
+    backend: str
+    stage: str
+    call: Callable[[], Any]
+    nbytes: int
+    error: float | None = None
+    graph: bool = False
+
+
+def _own(
     timer: _Timer,
-    machine: dict[str, Any],
     shape: Shape,
     arrays: list[Any],
-    name: str,
-    backend: str,
-    exact: Any,
-) -> list[Row]:
+    recipes: Sequence[str],
+    backends: Sequence[str],
+    exact: _Sample | None,
+    missing: dict[str, str],
+) -> list[_Contestant]:
+    """Three contestants for each recipe and kernel that serves it; ``missing`` gets the reasons of others."""
     from . import api
     from .dispatch import UnsupportedError
 
+    found: list[_Contestant] = []
+    for name in recipes:
+        plans: dict[str, str] = {}
+        for backend in backends:
+            try:
+                plan = api.explain(*arrays, recipe=name, is_causal=shape.causal, backend=backend)
+            except UnsupportedError as error:
+                missing[label(name, backend)] = str(error)
+                continue
+            if plan.backend == "numpy":
+                missing[label(name, backend)] = "the NumPy model is no contestant"
+                continue
+            plans.setdefault(plan.backend, backend)
+        for kernel in plans:
+            found += _calls(timer, shape, arrays, name, kernel, exact)
+    return found
+
+
+def label(name: str, backend: str) -> str:
+    """Return what a contestant is called in tables and pictures."""
+    return f"{name} ({backend})"
+
+
+def _calls(
+    timer: _Timer, shape: Shape, arrays: list[Any], name: str, backend: str, exact: _Sample | None
+) -> list[_Contestant]:
+    from . import api
+
     kwargs: dict[str, Any] = {"is_causal": shape.causal, "backend": backend}
-    try:
-        plan = api.explain(*arrays, recipe=name, **kwargs)
-    except UnsupportedError:
-        return []
-    if plan.backend == "numpy":
-        return []
     with timer.stream:
         qkv = api.quantize_qkv(*arrays, recipe=name, backend=backend)
-        run = lambda: api.attention_quantized(qkv, out_dtype="float16", **kwargs)  # noqa: E731
-        error = exact.error(run()[exact.b, exact.h].get().astype(np.float64)) if exact else None
-    common: dict[str, Any] = {"shape": shape, "name": name, "backend": plan.backend}
-    nbytes = qkv.nbytes
+        kernel = lambda: api.attention_quantized(qkv, out_dtype="float16", **kwargs)  # noqa: E731
+        error = exact.error(kernel()[exact.b, exact.h].get().astype(np.float64)) if exact else None
+    whole = lambda: api.attention(*arrays, recipe=name, **kwargs)  # noqa: E731
+    alone = lambda: api.quantize_qkv(*arrays, recipe=name, backend=backend)  # noqa: E731
     source = sum(x.nbytes for x in arrays)
-    kernel = timer(run, graph=False)
-    whole = timer(lambda: api.attention(*arrays, recipe=name, **kwargs), graph=True)
-    alone = timer(lambda: api.quantize_qkv(*arrays, recipe=name, backend=backend), graph=True)
     return [
-        _row(machine, stage="kernel", times=kernel, nbytes=nbytes, error=error, **common),
-        _row(machine, stage="with quantisation", times=whole, nbytes=source, error=error, **common),
-        _row(machine, stage="quantisation", times=alone, nbytes=source + nbytes, **common),
+        _Contestant(name, backend, "kernel", kernel, qkv.nbytes, error),
+        _Contestant(name, backend, "with quantisation", whole, source, error, graph=True),
+        _Contestant(name, backend, "quantisation", alone, source + qkv.nbytes, graph=True),
     ]
 
 
-def _peer_rows(
-    timer: _Timer, machine: dict[str, Any], shape: Shape, arrays: list[Any], exact: Any
-) -> list[Row]:
+def _peers(
+    timer: _Timer, shape: Shape, arrays: list[Any], exact: _Sample | None, missing: dict[str, str]
+) -> list[_Contestant]:
     try:
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError:
+        missing.update(dict.fromkeys(PEERS, "torch is not installed"))
         return []
-    rows = []
+    found = []
     with timer.torch_stream():
         q, k, v = (torch.from_dlpack(x).to(torch.bfloat16) for x in arrays)
-        attend = torch.nn.functional.scaled_dot_product_attention
-        for name, library, which in (
-            ("cuDNN bf16", f"cuDNN {torch.backends.cudnn.version()}", SDPBackend.CUDNN_ATTENTION),
-            ("FlashAttention-2 bf16", f"torch {torch.__version__}", SDPBackend.FLASH_ATTENTION),
-        ):
-            try:
-                with sdpa_kernel(which):
-                    call = lambda: attend(q, k, v, is_causal=shape.causal)  # noqa: E731
-                    out = call()
-                    times = timer(call, graph=False)
-            except RuntimeError:  # this backend of torch does not serve the shape or the card
-                continue
+    libraries = (f"cuDNN {torch.backends.cudnn.version()}", f"torch {torch.__version__}")
+    which = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+    for name, library, choice in zip(PEERS, libraries, which, strict=True):
+
+        def call(choice: Any = choice) -> Any:
+            with timer.torch_stream(), sdpa_kernel(choice):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=shape.causal)
+
+        try:
+            out = call()
+        except RuntimeError as problem:  # this backend of torch does not serve the shape or the card
+            missing[name] = str(problem).partition("\n")[0]
+            continue
+        with timer.torch_stream():
             error = exact.error(out[exact.b, exact.h].float().cpu().numpy()) if exact else None
-            peer: dict[str, Any] = {"shape": shape, "name": name, "backend": library, "stage": "peer"}
-            nbytes = 3 * q.numel() * q.element_size()
-            rows.append(_row(machine, times=times, nbytes=nbytes, error=error, **peer))
-    return rows
+        nbytes = 3 * q.numel() * q.element_size()
+        found.append(_Contestant(name, library, "peer", call, nbytes, error))
+    return found
 
 
-def _row(
-    machine: dict[str, Any],
-    *,
-    shape: Shape,
-    name: str,
-    backend: str,
-    stage: str,
-    times: tuple[float, float, float],
-    nbytes: int,
-    error: float | None = None,
-) -> Row:  # fmt: skip
+def _row(machine: dict[str, Any], shape: Shape, c: _Contestant, times: Times) -> Row:
     median, low, high = times
-    if stage == "quantisation":
-        tops, peak = 0.0, nbytes / median / 1e9 / machine["copy_TBps"]
+    if c.stage == "quantisation":
+        tops, peak = 0.0, c.nbytes / median / 1e9 / machine["copy_TBps"]
     else:
         tops = shape.operations / median / 1e9
-        peak = tops / machine["int8_peak_tops"]
-    return Row(shape, name, backend, stage, median, low, high, tops, peak, nbytes, error)
+        limit = machine["int8_peak_tops"]
+        peak = math.nan if limit is None else tops / limit
+    return Row(shape, c.name, c.backend, c.stage, median, low, high, tops, peak, c.nbytes, c.error)
 
 
 def _machine(timer: _Timer) -> dict[str, Any]:
-    """The card, its limits and the versions."""
+    """The card, its limits and the versions; the INT8 peak is None for an architecture not listed."""
     import cupy
 
-    from . import __version__, jit
+    from . import records
 
-    device = cupy.cuda.Device()
-    properties = cupy.cuda.runtime.getDeviceProperties(device.id)
-    capability = properties["major"] * 10 + properties["minor"]
-    clock = device.attributes["ClockRate"] * 1e3
-    per_clock = _INT8_PER_CLOCK.get(capability, math.nan)
+    machine = records.machine()
+    clock = cupy.cuda.Device().attributes["ClockRate"] * 1e3
+    per_clock = _INT8_PER_CLOCK.get(machine["compute_capability"])
     source = cupy.zeros(_COPY_BYTES, cupy.uint8)
     target = cupy.empty_like(source)
-    copy = timer(lambda: cupy.copyto(target, source), graph=False)[0]
+    copy = timer.prepare(lambda: cupy.copyto(target, source), graph=False)
     return {
-        "gpu": properties["name"].decode(),
-        "compute_capability": capability,
-        "sms": properties["multiProcessorCount"],
+        **machine,
         "clock_MHz": clock / 1e6,
-        "int8_peak_tops": properties["multiProcessorCount"] * clock * per_clock / 1e12,
-        "copy_TBps": 2 * _COPY_BYTES / copy / 1e9,
-        "driver_cuda": cupy.cuda.runtime.driverGetVersion(),
-        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
-        "cupy": cupy.__version__,
-        "python": platform.python_version(),
-        "intfa_cupy": __version__,
-        "kernel_sources": jit.strip_comments_fingerprint(),
-        "date": datetime.date.today().isoformat(),
+        "int8_peak_tops": None if per_clock is None else machine["sms"] * clock * per_clock / 1e12,
+        "copy_TBps": 2 * _COPY_BYTES / timer.rounds([copy])[0][0] / 1e9,
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
-from .bench import BenchResult, Row, Shape
+from .bench import PEERS, BenchResult, Row, Shape, label
 from .tables import Column, Group, percent
 
 if TYPE_CHECKING:
@@ -13,14 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_figure", "markdown", "print_bench"]
 
-_PEERS = ("cuDNN bf16", "FlashAttention-2 bf16")
-
 
 def _label(row: Row) -> str:
     if row.stage == "peer":
         return row.name
     what = {"kernel": "", "with quantisation": " + quantise", "quantisation": ", quantise only"}[row.stage]
-    return f"{row.name} ({row.backend}){what}"
+    return label(row.name, row.backend) + what
 
 
 def _ratio(row: Row, peer: str) -> str:
@@ -30,7 +29,14 @@ def _ratio(row: Row, peer: str) -> str:
 def _groups(rows: list[Row]) -> list[Group]:
     quantiser = [row.stage == "quantisation" for row in rows]
     tops = ["-" if q else f"{r.tops:,.0f}" for r, q in zip(rows, quantiser, strict=True)]
-    peak = [f"{100 * r.peak:.0f}{'*' if q else ''}" for r, q in zip(rows, quantiser, strict=True)]
+    peak = [
+        "-" if math.isnan(r.peak) else f"{100 * r.peak:.0f}{'*' if q else ''}"
+        for r, q in zip(rows, quantiser, strict=True)
+    ]
+    # Bytes that a call reads; the quantiser's alone are in the row of the call that contains it.
+    mib = ["-" if q else f"{r.nbytes / 2**20:.0f}" for r, q in zip(rows, quantiser, strict=True)]
+    part = [f"{100 * r.nbytes / r.shape.fp16_bytes:.0f}" for r in rows]
+    part = ["-" if q else text for q, text in zip(quantiser, part, strict=True)]
     return [
         [
             Column("time\nms", [f"{r.milliseconds:.3f}" for r in rows]),
@@ -41,21 +47,24 @@ def _groups(rows: list[Row]) -> list[Group]:
             Column("% of\npeak", peak),
         ],
         [
-            Column("x\ncuDNN", [_ratio(r, _PEERS[0]) for r in rows]),
-            Column("x\nFA2", [_ratio(r, _PEERS[1]) for r in rows]),
+            Column("x\ncuDNN", [_ratio(r, PEERS[0]) for r in rows]),
+            Column("x\nFA2", [_ratio(r, PEERS[1]) for r in rows]),
         ],
         [
             Column("L2 error\n%", ["-" if r.error is None else percent(r.error) for r in rows]),
-            Column("Q,K,V\nMiB", [f"{r.nbytes / 2**20:.0f}" for r in rows]),
+            Column("Q,K,V\nMiB", mib),
+            Column("% of\nfp16", part),
         ],
     ]  # fmt: skip
 
 
 def machine_lines(machine: dict[str, Any]) -> list[str]:
     """Return the machine in words."""
+    peak = machine["int8_peak_tops"]
     return [
         f"{machine['gpu']}, {machine['date']}: {machine['sms']} SMs at up to {machine['clock_MHz']:.0f} MHz, "
-        f"INT8 peak {machine['int8_peak_tops']:,.0f} TOPS, copy {machine['copy_TBps']:.2f} TB/s",
+        f"INT8 peak {'unknown' if peak is None else f'{peak:,.0f} TOPS'}, "
+        f"copy {machine['copy_TBps']:.2f} TB/s",
         f"NVRTC {machine['nvrtc']}, CuPy {machine['cupy']}, intfa-cupy {machine['intfa_cupy']}, "
         f"kernel sources {machine['kernel_sources'][:12]}",
     ]
@@ -72,12 +81,15 @@ def print_bench(console: Console, result: BenchResult) -> None:
         console.print(f"\n{shape}", style="bold", markup=False)
         print_table(console, Column("\n", [_label(row) for row in rows]), _groups(rows))
     console.print(
-        "\nMedians of single launches with the L2 cache overwritten before each. TOPS: 4 B H D for each\n"
-        "visible pair, over time. % of peak: of the INT8 tensor cores at the highest clock; * of the\n"
-        "measured copy bandwidth. x: speed over that peer in this run, kernel or end to end as the row\n"
-        "says. L2 error: 64 rows against float64. Peers take bfloat16 and need no quantiser.",
+        "\nMedians of single launches with the L2 cache overwritten before each, all contestants in turn.\n"
+        "TOPS: 4 B H D for each visible pair, over time. % of peak: of the INT8 tensor cores at the\n"
+        "highest clock; * of the measured copy bandwidth. x: speed over that peer in this run, kernel or\n"
+        "end to end as the row says. L2 error: 64 rows against float64. Q,K,V: bytes that the row reads,\n"
+        "scales included. Peers take bfloat16 and need no quantiser.",
         markup=False,
     )
+    for reason, contestants in result.reasons().items():
+        console.print(f"{', '.join(contestants)}: not measured: {reason}", markup=False)
 
 
 def markdown(result: BenchResult, recipe: str, stage: str, peer: str) -> str:
@@ -116,7 +128,7 @@ def bench_figure(result: BenchResult) -> Figure:
                 if _label(r) == name and (r.shape.D, r.shape.causal) == (D, causal)
             )
             if points:
-                marker = "s--" if name in _PEERS else "o-"
+                marker = "s--" if name in PEERS else "o-"
                 ax.plot(*zip(*points, strict=True), marker, color=colors[name], label=name, markersize=5)
         ax.set_title(f"d = {D}{', causal' if causal else ''}", fontsize=10)
         ax.set_xscale("log", base=2)
@@ -139,8 +151,8 @@ def bench_figure(result: BenchResult) -> Figure:
 def _legend(axes: Any) -> tuple[list[Any], list[str]]:
     found: dict[str, Any] = {}
     for ax in axes.flat:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
     return list(found.values()), list(found)
 
 

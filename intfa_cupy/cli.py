@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .bench import BenchResult
     from .compare import Comparison, Inputs
 
 __all__ = ["app"]
@@ -23,6 +29,68 @@ app = typer.Typer(
 
 #: A file name that stands for standard output.
 _STDOUT = Path("-")
+
+# Options that several commands share. What a command does by default stands in its own help.
+RecipeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="NAME",
+        help="A recipe, repeatable; see the defaults above.",
+        show_default=False,
+    ),
+]
+BackendsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backend",
+        "-b",
+        metavar="NAME",
+        help="A backend, repeatable; see the defaults above.",
+        show_default=False,
+    ),
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        "-b",
+        metavar="NAME",
+        help="What computes it; by default the fastest available that serves the recipe.",
+        show_default=False,
+    ),
+]
+LengthsOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--length", "-n", metavar="N", min=1, help="Repeatable; see the defaults above.", show_default=False
+    ),
+]
+CausalOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--causal/--no-causal", help="Causal or full attention; see the defaults above.", show_default=False
+    ),
+]
+RepeatsOption = Annotated[int, typer.Option(min=3, help="Launches per figure.")]
+NoPeersOption = Annotated[bool, typer.Option("--no-peers", help="Leave torch's attention out.")]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Also write everything as JSON; - is standard output, without tables.",
+        show_default=False,
+    ),
+]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw it.", show_default=False)
+]
+NoPlotOption = Annotated[bool, typer.Option("--no-plot", help="Draw nothing.")]
+RecordOption = Annotated[
+    bool, typer.Option("--record", help="Keep it in the package as the recorded run (in a checkout).")
+]
 
 
 def _fail(message: str) -> NoReturn:
@@ -75,65 +143,32 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    causal: Annotated[
-        bool | None,
-        typer.Option(
-            "--causal/--no-causal",
-            help="Causal or full attention; by default what the input says of itself, else full.",
-            show_default=False,
-        ),
-    ] = None,
+    causal: CausalOption = None,
     layout: Annotated[
         str, typer.Option(metavar="LAYOUT", help="Order of the dimensions of your arrays: bhsd or bshd.")
     ] = "bhsd",
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            metavar="NAME",
-            help="A recipe to run, repeatable; all by default. fp8-e4m3 is always there.",
-            show_default=False,
-        ),
-    ] = None,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--backend",
-            "-b",
-            metavar="NAME",
-            help="A backend to time, repeatable; all available by default.",
-            show_default=False,
-        ),
-    ] = None,
+    recipe: RecipeOption = None,
+    backend: BackendsOption = None,
     plot: Annotated[
         Path, typer.Option("--plot", metavar="FILE.png", help="Where to draw the comparison.")
     ] = Path("intfa_compare.png"),
-    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw nothing.")] = False,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="Also write everything, head by head, as JSON; - is standard output, without tables.",
-            show_default=False,
-        ),
-    ] = None,
+    no_plot: NoPlotOption = False,
+    json_file: JsonOption = None,
 ) -> None:
-    """Compare all recipes on real data: error against exact attention, bytes and time."""
+    """Compare all recipes on real data: error against exact attention, bytes and time.
+
+    By default all recipes (fp8-e4m3 is always there), timed on every backend available.
+
+    The mask is by default what the input says of itself, or else none.
+    """
     from . import compare as work
     from .problem import LAYOUTS
-    from .recipes import recipes
 
     if layout not in LAYOUTS:
         _fail(f"--layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
-    for name in recipe or ():
-        if name not in recipes():
-            _fail(f"--recipe must be one of {', '.join(recipes())}; got {name!r}")
+    _check_recipes(recipe)
     chosen = _chosen_backends(backend)
-    for target in (None if no_plot else plot, json_file):
-        if target is not None and not target.resolve().parent.is_dir():
-            _fail(f"{target}: no such folder")
+    _check_folders(None if no_plot else plot, json_file)
     try:
         inputs = work.shipped_inputs() if input_file is None else work.load_inputs(input_file, layout)
     except work.InputError as error:
@@ -146,11 +181,45 @@ def compare(
     if not no_plot:
         from . import plots
 
-        try:
-            plots.save(plots.compare_figure(result), plot)
-        except OSError as error:
-            _fail(f"{plot}: {error.strerror}")
-        typer.echo(f"drawn: {plot}", err=True)
+        _save_picture(plots.compare_figure(result), plot)
+
+
+def _check_recipes(names: list[str] | None) -> None:
+    from .recipes import recipes
+
+    for name in names or ():
+        if name not in recipes():
+            _fail(f"--recipe must be one of {', '.join(recipes())}; got {name!r}")
+
+
+def _check_folders(*targets: Path | None) -> None:
+    """Refuse before the work what could not be written after it."""
+    for target in targets:
+        if target is not None and not target.resolve().parent.is_dir():
+            _fail(f"{target}: no such folder")
+
+
+def _save_picture(figure: Figure, path: Path) -> None:
+    from . import plots
+
+    try:
+        plots.save(figure, path)
+    except OSError as error:
+        _fail(f"{path}: {error.strerror}")
+    typer.echo(f"drawn: {path}", err=True)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal: called with what begins and the part done, 0 to 1."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda what, done: bar.update(task, description=what, completed=done)
 
 
 def _chosen_backends(wanted: list[str] | None) -> list[str]:
@@ -170,22 +239,17 @@ def _chosen_backends(wanted: list[str] | None) -> list[str]:
 def _compare_with_progress(
     inputs: Inputs, recipe: list[str] | None, backends: list[str], causal: bool | None, *, insist: bool
 ) -> Comparison:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from .compare import BASELINE, compare
     from .recipes import recipes
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     count = len({*recipe, BASELINE} if recipe else recipes())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(inputs.layers) * (count + 1))
-        begun = 0
+    total = len(inputs.layers) * (count + 1)
+    begun = 0
+    with _progress_bar() as bar:
 
         def step(what: str) -> None:
             nonlocal begun
-            bar.update(task, description=what, completed=begun)
+            bar(what, begun / total)
             begun += 1
 
         return compare(
@@ -252,26 +316,12 @@ def bench(
             "--head-dim",
             "-d",
             metavar="D",
-            help="Repeatable; 64, 128 and 256 by default.",
+            help="Repeatable; see the defaults above.",
             show_default=False,
         ),
     ] = None,
-    length: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--length",
-            "-n",
-            metavar="N",
-            help="Repeatable; 1024, 4096 and 16384 by default.",
-            show_default=False,
-        ),
-    ] = None,
-    causal: Annotated[
-        bool | None,
-        typer.Option(
-            "--causal/--no-causal", help="Only causal or only full; both by default.", show_default=False
-        ),
-    ] = None,
+    length: LengthsOption = None,
+    causal: CausalOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens in all: the batch is tokens / N.")] = 16384,
     hidden: Annotated[int, typer.Option(min=1, help="Heads times head dimension.")] = 2048,
     shape: Annotated[
@@ -283,50 +333,37 @@ def bench(
     paper: Annotated[
         bool, typer.Option("--paper", help="The paper's shapes instead: B4 H32 d64, 1k to 16k.")
     ] = False,
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            metavar="NAME",
-            help="Repeatable; int8-fast, int8 and paper-int8 by default.",
-            show_default=False,
-        ),
-    ] = None,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--backend",
-            "-b",
-            metavar="NAME",
-            help="A kernel, repeatable; what auto takes by default.",
-            show_default=False,
-        ),
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=3, help="Launches per figure.")] = 30,
-    no_peers: Annotated[bool, typer.Option("--no-peers", help="Leave torch's attention out.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw it.", show_default=False)
-    ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Also write it as JSON; - is standard output.", show_default=False
-        ),
-    ] = None,
-    record: Annotated[
-        bool, typer.Option("--record", help="Keep it in the package as the recorded run (in a checkout).")
+    recipe: RecipeOption = None,
+    backend: BackendsOption = None,
+    repeats: RepeatsOption = 30,
+    no_peers: NoPeersOption = False,
+    plot: PlotOption = None,
+    json_file: JsonOption = None,
+    record: RecordOption = False,
+    recorded: Annotated[
+        bool, typer.Option("--recorded", help="Measure nothing: show the recorded run, without a GPU too.")
     ] = False,
 ) -> None:
-    """Time the kernels beside torch's cuDNN and FlashAttention-2, in one run on this GPU."""
+    """Time the kernels beside torch's cuDNN and FlashAttention-2, in one run on this GPU.
+
+    By default int8-fast, int8 and paper-int8, each by the kernel that serves it fastest.
+
+    Shapes: by default head dimensions 64, 128 and 256, lengths 1024, 4096 and 16384, full and causal.
+    """
     from . import bench as work
     from . import bench_report, records
-    from .recipes import recipes
 
     names = recipe or ["int8-fast", "int8", "paper-int8"]
-    for name in names:
-        if name not in recipes():
-            _fail(f"--recipe must be one of {', '.join(recipes())}; got {name!r}")
+    _check_recipes(names)
+    _check_folders(plot, json_file)
+    if recorded:
+        document = records.load("bench")
+        if document is None:
+            _fail("no run is recorded: intfa-cupy bench --record on a GPU writes one")
+        if json_file != _STDOUT:
+            typer.echo(f"A recorded run, not of this machine: {records.freshness('bench')}")
+        _show_bench(work.BenchResult.from_dict(document), json_file, plot)
+        return
     try:
         if shape:
             shapes = [bench_report.shape_from_text(text) for text in shape]
@@ -344,18 +381,223 @@ def bench(
     except ValueError as error:
         _fail(str(error))
     except work.BenchUnavailable as error:
-        last = records.freshness("bench")
-        _fail(f"{error}. Last recorded run: {last}")
+        shown = " (--recorded shows it)" if records.load("bench") else ""
+        _fail(f"{error}. Last recorded run: {records.freshness('bench')}{shown}")
+    if record:
+        typer.echo(f"recorded: {records.save('bench', result.as_dict())}", err=True)
+    _show_bench(result, json_file, plot)
+
+
+def _show_bench(result: BenchResult, json_file: Path | None, plot: Path | None) -> None:
+    from . import bench_report
+
     if json_file != _STDOUT:
         from .tables import stdout_console
 
         bench_report.print_bench(stdout_console(), result)
     if json_file is not None:
         _write_json(json_file, result.as_dict())
-    if record:
-        typer.echo(f"recorded: {records.save('bench', result.as_dict())}", err=True)
     if plot is not None:
-        from . import plots
+        _save_picture(bench_report.bench_figure(result), plot)
 
-        plots.save(bench_report.bench_figure(result), plot)
-        typer.echo(f"drawn: {plot}", err=True)
+
+class Part(str, Enum):
+    """What `reproduce` reproduces."""
+
+    table1 = "table1"
+    table2 = "table2"
+    speed = "speed"
+    all = "all"
+
+
+@app.command()
+def reproduce(
+    part: Annotated[Part, typer.Argument(help="Which of the paper's results.", show_default=True)] = Part.all,
+    length: LengthsOption = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of Q, K and V, for the tables.")] = 3,
+    heads: Annotated[int, typer.Option(min=1, help="Heads per draw, for the tables.")] = 2,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Tables over all N queries, not 512: some 30 minutes on 2 cores."),
+    ] = False,
+    backend: BackendOption = None,
+    repeats: RepeatsOption = 30,
+    no_peers: NoPeersOption = False,
+    plot: Annotated[
+        Path,
+        typer.Option("--plot", metavar="FILE.png", help="Where to draw; NAME_tables.png and NAME_speed.png."),
+    ] = Path("intfa_reproduce.png"),
+    no_plot: NoPlotOption = False,
+    json_file: JsonOption = None,
+    record: RecordOption = False,
+) -> None:
+    """Reproduce the INT-FlashAttention paper: its two tables of errors and its speed figure.
+
+    By default all of it at the paper's lengths, 1k to 16k.
+
+    The tables need no GPU. Without one, the speed figure is that of the recorded run.
+    """
+    wanted = ["table1", "table2"] if part is Part.all else [] if part is Part.speed else [part.value]
+    with_speed = part in (Part.all, Part.speed)
+    if record and not with_speed:
+        _fail("--record keeps the speed figure: use it with speed or all")
+    chosen = _chosen_backends([backend])[0] if backend else "auto"
+    _check_folders(None if no_plot else plot, json_file)
+    document: dict[str, Any] = {}
+    if wanted:
+        document["tables"] = _reproduce_tables(
+            wanted, length, seeds, heads, full, chosen, json_file != _STDOUT, None if no_plot else plot
+        )
+    if with_speed:
+        document["speed"] = _reproduce_speed(
+            length, repeats, not no_peers, record, json_file != _STDOUT, None if no_plot else plot
+        )
+    if json_file is not None:
+        _write_json(json_file, document)
+
+
+def _reproduce_tables(
+    names: list[str],
+    length: list[int] | None,
+    seeds: int,
+    heads: int,
+    full: bool,
+    backend: str,
+    printed: bool,
+    plot: Path | None,
+) -> dict[str, Any]:
+    from . import paper
+    from .reproduce import tables
+
+    with _progress_bar() as bar:
+        result = tables(
+            names,
+            lengths=length or paper.LENGTHS,
+            seeds=seeds,
+            heads=heads,
+            full=full,
+            backend=backend,
+            progress=bar,
+        )
+    if printed:
+        from .reproduce_report import print_tables
+        from .tables import stdout_console
+
+        print_tables(stdout_console(), result)
+    if plot is not None:
+        _save_picture(result.figure(), plot.with_name(f"{plot.stem}_tables.png"))
+    return result.as_dict()
+
+
+def _reproduce_speed(
+    length: list[int] | None, repeats: int, peers: bool, record: bool, printed: bool, plot: Path | None
+) -> dict[str, Any] | None:
+    """Measure, or without a GPU show what was recorded; None where that does not exist either."""
+    from . import paper, records, reproduce_speed
+    from .bench import BenchUnavailable
+    from .reproduce_report import print_speed
+    from .tables import stdout_console
+
+    result: reproduce_speed.SpeedResult | None
+    try:
+        result = reproduce_speed.speed(
+            lengths=length or paper.LENGTHS,
+            repeats=repeats,
+            peers=peers,
+            progress=lambda what: typer.echo(what, err=True),
+        )
+    except BenchUnavailable as error:
+        reason = str(error).removeprefix("bench needs a GPU: ")
+        if record:
+            _fail(f"--record needs a GPU: {reason}")
+        typer.echo(
+            f"Speed: not measured here: {reason}.\n"
+            "It needs an NVIDIA GPU of compute capability 8.0 or later with 16 GB, CuPy (the extra\n"
+            "[cuda12] or [cuda13]) and, for the peers, torch; then: intfa-cupy reproduce speed",
+            err=not printed,
+        )
+        result = reproduce_speed.recorded()
+        typer.echo(f"Last recorded run: {records.freshness('speed')}", err=not printed)
+    if result is None:
+        return None
+    if printed:
+        typer.echo()
+        print_speed(stdout_console(), result)
+    if record:
+        typer.echo(f"recorded: {records.save('speed', result.as_dict())}", err=True)
+    if plot is not None:
+        _save_picture(result.figure(), plot.with_name(f"{plot.stem}_speed.png"))
+    return result.as_dict()
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeOption = None,
+    tokens: Annotated[int, typer.Option(min=2, max=8192, help="Length of a sequence.")] = 2048,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences, one after another in the text.")] = 2,
+    text_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="English text; Python's language reference by default.",
+            show_default=False,
+        ),
+    ] = None,
+    backend: BackendOption = None,
+    plot: Annotated[
+        Path, typer.Option("--plot", metavar="FILE.png", help="Where to draw the error of every head.")
+    ] = Path("intfa_evaluate.png"),
+    no_plot: NoPlotOption = False,
+    json_file: JsonOption = None,
+    record: RecordOption = False,
+) -> None:
+    """Run SmolLM2-135M with the attention of all its layers replaced, and see whether it still works.
+
+    Perplexity, divergence of the next token's distribution, top-1 agreement, and the error of every head.
+
+    By default int8, int8-fast, half-int8-plus, paper-int8 and fp8-e4m3.
+    """
+    from . import evaluate as work
+    from . import records
+    from .smollm2 import load_smollm2
+
+    _check_recipes(recipe)
+    chosen = _chosen_backends([backend])[0] if backend else "auto"
+    _check_folders(None if no_plot else plot, json_file)
+    try:
+        text = None if text_file is None else text_file.read_text(encoding="utf-8")
+    except OSError as error:
+        _fail(f"{text_file}: {error.strerror}")
+    except UnicodeDecodeError:
+        _fail(f"{text_file}: not UTF-8 text")
+    names = list(dict.fromkeys(recipe or work.DEFAULT_RECIPES))
+    try:
+        on_gpu = chosen != "numpy" and len(_chosen_backends(None)) > 1
+        model = load_smollm2(device="gpu" if on_gpu else "cpu")
+        with _progress_bar() as bar:
+            result = work.evaluate(
+                names,
+                tokens=tokens,
+                sequences=sequences,
+                text=text,
+                model=model,
+                backend=chosen,
+                progress=bar,
+            )
+    except ImportError as error:
+        last = work.recorded()
+        if last is not None and json_file != _STDOUT:
+            typer.echo(f"Not run here. The recorded run:\n\n{last}\n")
+        _fail(str(error))
+    except ValueError as error:
+        _fail(str(error))
+    document = result.as_dict()
+    if json_file != _STDOUT:
+        typer.echo(str(result))
+    if json_file is not None:
+        _write_json(json_file, document)
+    if record:
+        typer.echo(f"recorded: {records.save('evaluation', document)}", err=True)
+    if not no_plot:
+        _save_picture(work.heat_map(result), plot)

@@ -483,12 +483,15 @@ def compare(
         keys = ("B", "H", "Hkv", "Sq", "Sk", "D")
         shape = dict(zip(keys, shape_of_qkv(q.shape, k.shape, v.shape, "bhsd"), strict=True))
         layers.append(Layer(label, shape, inputs.notes.get(label, ""), rows))
-    result = Comparison(inputs.source, causal, {b: _device(b) for b in backends}, tuple(names), tuple(layers))
+    result = Comparison(
+        inputs.source, causal, {b: device_name(b) for b in backends}, tuple(names), tuple(layers)
+    )
     order = sorted(names, key=lambda n: (math.isnan(result.mean(n)), result.mean(n)))
     return dataclasses.replace(result, order=tuple(order))
 
 
-def _device(backend: str) -> str:
+def device_name(backend: str) -> str:
+    """Return what a backend runs on, in words."""
     if backend == "numpy":
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count()

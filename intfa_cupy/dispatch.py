@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -58,6 +58,8 @@ class Plan:
     problem: Problem
     tile: Any = None
     rejected: tuple[tuple[str, str], ...] = ()
+    #: Launches that are worked out already. Not carried into a copy.
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __str__(self) -> str:
         p = self.problem

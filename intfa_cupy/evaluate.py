@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import api
+from . import api, records
 from .capture import sink_mass
 from .corpus import corpus_fingerprint, text_corpus
+from .dispatch import UnsupportedError
 from .recipes import Recipe, get_recipe
 from .smollm2 import AttentionHook, SmolLM2, exact_attention, load_smollm2
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DEFAULT_RECIPES", "Evaluation", "RecipeResult", "evaluate", "heat_map"]
+__all__ = ["DEFAULT_RECIPES", "Evaluation", "RecipeResult", "evaluate", "heat_map", "recorded"]
 
 #: What is worth the minutes on a CPU: ours, the paper's, and the FP8 to beat.
 DEFAULT_RECIPES = ("int8", "int8-fast", "half-int8-plus", "paper-int8", "fp8-e4m3")
@@ -57,6 +58,8 @@ class RecipeResult:
         layer got in this run; first sequence.
     attention_seconds : float
         Time in the attention of all layers and sequences.
+    backend : str
+        What computed the attention.
     """
 
     recipe: str
@@ -65,6 +68,7 @@ class RecipeResult:
     top1_agreement: float
     error: NDArray[np.float64] = field(repr=False)
     attention_seconds: float
+    backend: str
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Evaluation:
         Name of the text: the first digits of its SHA-256.
     seconds : float
         All the time taken, loading the model left out.
+    machine : dict
+        Where and when, as `records` keeps it.
     """
 
     exact: RecipeResult
@@ -91,6 +97,7 @@ class Evaluation:
     sequences: int
     text: str
     seconds: float
+    machine: dict[str, Any] = field(repr=False)
 
     def __getitem__(self, recipe: str) -> RecipeResult:
         for result in (self.exact, *self.results):
@@ -111,6 +118,20 @@ class Evaluation:
             "sink_mass": self.sink_mass.round(5).tolist(),
         }
 
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Evaluation:
+        """Read back what :meth:`as_dict` wrote."""
+
+        def result(entry: dict[str, Any]) -> RecipeResult:
+            return RecipeResult(**{**entry, "error": np.array(entry["error"])})
+
+        return cls(**{
+            **document,
+            "exact": result(document["exact"]),
+            "results": tuple(map(result, document["results"])),
+            "sink_mass": np.array(document["sink_mass"]),
+        })  # fmt: skip
+
     def __str__(self) -> str:
         lines = [
             f"SmolLM2-135M, {self.sequences} x {self.tokens:,} tokens of English (text {self.text})",
@@ -122,6 +143,14 @@ class Evaluation:
                 f"{r.recipe:<16}{r.perplexity:>11.4f}{r.kl:>12.6f}{100 * r.top1_agreement:>8.2f}%"
                 f"{100 * r.error.mean():>11.2f}%{100 * r.error.max():>8.2f}%{r.attention_seconds:>10.1f} s"
             )
+        machine = self.machine.get("gpu") or self.machine["device"]
+        lines += [
+            "KL: of the next token, KL(exact || recipe), mean over positions. top-1: same likeliest token.",
+            "error: relative L2 of a head's output on the inputs that its layer got; mean and maximum over",
+            f"{self.exact.error.size} heads of all layers. attention: time of all layers, in "
+            f"{', '.join(sorted({r.backend for r in self.results}))}.",
+            f"{machine}, {self.machine['date']}: {self.seconds:.0f} s.",
+        ]
         return "\n".join(lines)
 
 
@@ -130,6 +159,7 @@ class _Sums:
     """Running sums over positions and sequences for one recipe."""
 
     error: NDArray[np.float64]
+    backend: str
     nll: float = 0.0
     kl: float = 0.0
     agree: int = 0
@@ -143,6 +173,7 @@ class _Sums:
             top1_agreement=self.agree / positions,
             error=self.error,
             attention_seconds=self.seconds,
+            backend=self.backend,
         )
 
 
@@ -193,6 +224,18 @@ def _compare(model: SmolLM2, tokens: NDArray[Any], exact: Any, others: list[tupl
                 sums.kl += float(np.einsum("rv,rv->r", exact_p, exact_log - log).sum(dtype=np.float64))
 
 
+def _backend(model: SmolLM2, recipe: Recipe, backend: str) -> str:
+    """What computes a recipe on the model's arrays: the backend asked for, or else the NumPy model."""
+    config, xp = model.config, model.xp
+    q, k, v = (
+        xp.zeros((1, h, 1, config.head_dim), np.float32) for h in (config.heads, *[config.kv_heads] * 2)
+    )
+    try:
+        return api.explain(q, k, v, recipe=recipe, is_causal=True, backend=backend).backend
+    except UnsupportedError:
+        return "numpy"
+
+
 def evaluate(
     recipes: Sequence[str | Recipe] = DEFAULT_RECIPES,
     *,
@@ -201,6 +244,7 @@ def evaluate(
     text: str | None = None,
     model: SmolLM2 | None = None,
     attention: Callable[..., Any] | None = None,
+    backend: str = "auto",
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run a language model with its attention replaced by every recipe in turn.
@@ -221,6 +265,9 @@ def evaluate(
     attention : callable, optional
         Called as ``attention(q, k, v, recipe=recipe, is_causal=True)``; `intfa_cupy.attention` by
         default.
+    backend : str
+        That of `intfa_cupy.attention`. A recipe that it does not serve is computed by ``"numpy"``, and its
+        result says so.
     progress : callable, optional
         ``progress(what, done)`` is called before each run, with ``done`` from 0 to 1.
 
@@ -246,7 +293,6 @@ def evaluate(
         raise ValueError(f"recipes must be at least one, of different names, none 'exact'; got {names}")
     if sequences < 1:
         raise ValueError(f"sequences must be at least 1, got {sequences}")
-    attend = api.attention if attention is None else attention
     text = text_corpus() if text is None else text
     model = load_smollm2() if model is None else model
     if not 2 <= tokens <= model.config.context:
@@ -258,7 +304,9 @@ def evaluate(
 
     shape = (model.config.layers, model.config.heads)
     sinks = np.zeros(shape)
-    sums = [_Sums(error=np.zeros(shape)) for _ in (None, *chosen)]
+    home = "numpy" if model.xp is np else "cupy"
+    names_of = [home, *(_backend(model, r, backend) if attention is None else home for r in chosen)]
+    sums = [_Sums(np.zeros(shape), name) for name in names_of]
     steps = sequences * len(sums)
 
     def run(step: int, ids_here: NDArray[Any]) -> Any:
@@ -277,7 +325,9 @@ def evaluate(
         recipe = chosen[which - 1]
 
         def replaced(layer: int, q: Any, k: Any, v: Any) -> Any:
-            return attend(q, k, v, recipe=recipe, is_causal=True)
+            if attention is not None:
+                return attention(q, k, v, recipe=recipe, is_causal=True)
+            return api.attention(q, k, v, recipe=recipe, is_causal=True, backend=sums[which].backend)
 
         def error(layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
             sums[which].error[layer] = _head_errors(out, exact_attention(layer, q, k, v))
@@ -303,7 +353,14 @@ def evaluate(
         sequences=sequences,
         text=corpus_fingerprint(model.decode(ids[: tokens * sequences])),
         seconds=time.perf_counter() - begin,
+        machine=records.host() if model.xp is np else records.machine(),
     )
+
+
+def recorded() -> Evaluation | None:
+    """Return the evaluation that the package ships, or None where it ships none."""
+    document = records.load("evaluation")
+    return None if document is None else Evaluation.from_dict(document)
 
 
 def heat_map(evaluation: Evaluation, path: str | Path | None = None) -> Figure:
@@ -348,7 +405,9 @@ def heat_map(evaluation: Evaluation, path: str | Path | None = None) -> Figure:
     bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
     bar.minorticks_off()
     figure.suptitle(
-        f"SmolLM2-135M, {evaluation.tokens:,} tokens: attention sink and error by layer and head", fontsize=11
+        f"SmolLM2-135M, {evaluation.tokens:,} tokens:{' ' if columns > 3 else chr(10)}"
+        "attention sink and error by layer and head",
+        fontsize=11,
     )
     if path is not None:
         figure.savefig(path, dpi=130)

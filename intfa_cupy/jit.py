@@ -179,9 +179,12 @@ def compile_kernel(
     source = inline_source(name, root)
     module, version = nvrtc()
     line_info = () if os.environ.get("INTFA_LINEINFO", "0") in ("", "0") else ("-lineinfo",)
+    # NVRTC 12.9 and later keeps cubins of its own. From there they would come without the assembler's report.
+    own_cache = ("--no-cache",) if version >= (12, 9) else ()
     options = (
         f"-arch={_arch(arch)}",
         *_BASE_OPTIONS,
+        *own_cache,
         *line_info,
         *_define_options(defines or {}),
         *extra_options,

@@ -151,6 +151,8 @@ def quantize_rows(x: np.ndarray, fmt: str, granularity: str) -> tuple[np.ndarray
         padded = np.zeros((S, groups * CHANNEL_GROUP), np.float32)
         padded[:, :D] = x
         absmax = np.abs(padded).reshape(S, groups, CHANNEL_GROUP).max(axis=2)
+        # A row is poisoned as a whole.
+        absmax = np.where(np.isfinite(absmax).all(axis=1, keepdims=True), absmax, np.float32(np.nan))
         scale, inverse = _absmax_scale(absmax, levels)
         return _to_int(x, inverse.repeat(CHANNEL_GROUP, axis=1)[:, :D], levels), scale
     absmax = np.abs(x).max(axis=1)

@@ -120,19 +120,24 @@ class QuantizedTensor:
     def element_scale(self) -> Array:
         """Return the scale of each element, broadcastable to (B, heads, S, D)."""
         B, heads, S, D = self.shape
-        if self.scale is None:
+        scale: Any = self.scale
+        if scale is None:
             return np.float32(1)
+        if self.layout == "packed":
+            from . import packing
+
+            scale = packing.unpack_scale(self)
         if self.granularity == "token":
-            return self.scale[..., :S, None]
+            return scale[..., None]
         if self.granularity == "head":
-            return self.scale[..., None, None]
+            return scale[..., None, None]
         if self.granularity == "channel":
             if self.which == "v":
-                return self.scale[..., None, :D]
-            return self.scale.repeat(CHANNEL_GROUP, axis=-1)[..., :D]
+                return scale[..., None, :]
+            return scale.repeat(CHANNEL_GROUP, axis=-1)[..., :D]
         if self.granularity == "tile":
-            return self.scale.repeat(TILE, axis=-1)[..., :S, None]
-        return self.scale.reshape(B, heads, -1)[..., group_of_key(S), None]
+            return scale.repeat(TILE, axis=-1)[..., :S, None]
+        return scale.reshape(B, heads, -1)[..., group_of_key(S), None]
 
     def dequantize(self) -> Array:
         """Return the float32 tensor that the stored numbers stand for, (B, heads, S, D).
@@ -177,6 +182,8 @@ class QuantizedQKV:
     lse_shift: Array | None = None
     out_dtype: str = "float32"
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
+    #: Calls of attention_quantized that are worked out already, by its arguments. Not carried into a copy.
+    calls: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def nbytes(self) -> int:

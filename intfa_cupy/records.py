@@ -13,10 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NAMES", "freshness", "load", "machine", "save"]
+__all__ = ["NAMES", "freshness", "host", "load", "machine", "save"]
 
-#: What can be recorded: the timings, and the run of the GPU test suite.
-NAMES = ("bench", "gpu_suite")
+#: What can be recorded: timings, those of the paper's speed figure, the run of the GPU test suite, and the
+#: evaluation of a language model.
+NAMES = ("bench", "speed", "gpu_suite", "evaluation")
 
 
 def _file(name: str) -> str:
@@ -30,7 +31,7 @@ def load(name: str) -> dict[str, Any] | None:
 
     Parameters
     ----------
-    name : {"bench", "gpu_suite"}
+    name : {"bench", "speed", "gpu_suite", "evaluation"}
     """
     path = resources.files("intfa_cupy.data") / _file(name)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -67,12 +68,31 @@ def machine() -> dict[str, Any]:
     }
 
 
+def host() -> dict[str, Any]:
+    """Return what a record says where the NumPy model did the work: the CPU, the versions and the day."""
+    import datetime
+    import platform
+
+    import numpy
+
+    from . import __version__
+    from .compare import device_name
+
+    return {
+        "device": device_name("numpy"),
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "intfa_cupy": __version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def freshness(name: str) -> str:
     """Say in one line what a recorded run is of, and whether the kernel sources have changed since.
 
     Parameters
     ----------
-    name : {"bench", "gpu_suite"}
+    name : {"bench", "speed", "gpu_suite", "evaluation"}
     """
     from . import jit
 
@@ -80,7 +100,9 @@ def freshness(name: str) -> str:
     if document is None:
         return "nothing recorded"
     machine = document["machine"]
-    what = f"{machine['gpu']}, {machine['date']}"
+    what = f"{machine.get('gpu') or machine['device']}, {machine['date']}"
+    if "kernel_sources" not in machine:  # computed by the NumPy model
+        return f"{what}, intfa-cupy {machine['intfa_cupy']}"
     if machine["kernel_sources"] == jit.strip_comments_fingerprint():
         return f"{what}, of these kernel sources"
     return f"{what}, of OTHER kernel sources ({machine['kernel_sources'][:12]}): measure again"

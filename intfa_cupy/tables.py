@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["Column", "Group", "percent", "print_table", "stdout_console"]
+__all__ = ["Column", "Group", "percent", "print_table", "span", "stdout_console"]
 
 #: Width when the output is no terminal: a file or a pipe wants whole lines.
 _PIPE_WIDTH = 200
@@ -34,6 +34,12 @@ def percent(x: float) -> str:
         return "-"
     value = 100 * x
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
+
+
+def span(fractions: Sequence[float]) -> str:
+    """Return the smallest and the largest of some fractions in whole per cent, as one if they are equal."""
+    low, high = (f"{100 * x:.0f}" for x in (min(fractions), max(fractions)))
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def stdout_console() -> Console:

@@ -8,12 +8,12 @@ the text of ``explain`` in one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .packing import padded_head_dim
+from .packing import FORMATS, padded_head_dim
 from .problem import Problem
-from .quantized import TILE
+from .quantized import CHANNEL_GROUP, TILE
 from .recipes import Recipe
 
 __all__ = ["DESCRIPTION", "OUTPUTS", "Device", "Tile", "device_problem", "find", "variants"]
@@ -25,7 +25,8 @@ DESCRIPTION = {
 }
 #: Element types that kernels write, and their numbers in cuda_src/params.cuh.
 OUTPUTS = {"float16": 0, "bfloat16": 1, "float32": 2}
-K_SCALES = {"token": 0, "group": 1, "tile": 2, "channel": 3}
+# Without a scale the quantiser writes ones.
+K_SCALES = {"token": 0, "group": 1, "tile": 2, "channel": 3, "head": 4, "none": 4}
 
 _MAX_BLOCKS = 2**31 - 1
 # A block takes this much more of its multiprocessor's shared memory than it asked for.
@@ -70,6 +71,9 @@ class Tile:
         What the kernel is compiled with, the output's type apart.
     persistent : bool
         One block per multiprocessor takes work until none is left; else a block does one block of rows.
+    masked : bool
+        Some row may not see some key, or the last tile of keys may be short. The kernels of which
+        `specializes` is true are compiled without what that needs where it is not so.
     """
 
     kernel: str
@@ -78,6 +82,7 @@ class Tile:
     shared_memory: int
     macros: tuple[tuple[str, int], ...]
     persistent: bool = False
+    masked: bool = True
 
     @property
     def entry(self) -> str:
@@ -89,10 +94,23 @@ class Tile:
         """int : Blocks per multiprocessor that the kernel is compiled for."""
         return dict(self.macros).get("INTFA_MIN_BLOCKS", 1)
 
-    def defines(self, out_dtype: str) -> dict[str, int]:
-        """Return the macros for an output type."""
-        name = "OUT_DTYPE" if self.kernel == "wgmma" else "INTFA_OUT"
-        return {**dict(self.macros), name: OUTPUTS[out_dtype]}
+    @property
+    def specializes(self) -> bool:
+        """bool : Whether the kernel has variants for unmasked problems and for plain outputs."""
+        return self.kernel != "wmma"
+
+    def defines(self, out_dtype: str, pairs: bool = False) -> dict[str, int]:
+        """Return the macros for an output type; `pairs`: whether two channels of it can be stored at once."""
+        if not self.specializes:
+            return {**dict(self.macros), "INTFA_OUT": OUTPUTS[out_dtype]}
+        wgmma = self.kernel == "wgmma"
+        prefix = "" if wgmma else "INTFA_"
+        return {
+            **dict(self.macros),
+            "OUT_DTYPE" if wgmma else "INTFA_OUT": OUTPUTS[out_dtype],
+            f"{prefix}OUT_PAIRS": int(pairs),
+            f"{prefix}MASKED": int(self.masked),
+        }
 
     def __str__(self) -> str:
         options = " ".join(f"{k.removeprefix('INTFA_')}={v}" for k, v in self.macros)
@@ -164,7 +182,7 @@ def _wmma_tile(recipe: Recipe, Dp: int, option: _Wmma) -> Tile:
     return Tile("wmma", 16 * option.warps, 32 * option.warps, shared, tuple(macros.items()))
 
 
-def _wmma_missing(recipe: Recipe) -> Iterator[str]:
+def _wmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
     yield from _int8_qk_missing(recipe, ("token", "group", "tile"))
     if recipe.v_format not in ("int8", "fp16"):
         yield f"V in {recipe.v_format} (has int8, fp16)"
@@ -183,7 +201,7 @@ def _wmma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
 # --- wgmma --------------------------------------------------------------------------------------------------
 
 
-def _wgmma_missing(recipe: Recipe) -> Iterator[str]:
+def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
     yield from _int8_qk_missing(recipe, ("token", "group"))
     if recipe.v_format != "int8":
         yield f"V in {recipe.v_format} (has int8)"
@@ -221,28 +239,43 @@ class _Mma:
     fence: int = 0  # how closely the compiler is held to the order of the source
     query_in_registers: bool = True
     min_blocks: int = 1
+    stash: int = 0  # of 16 parts of a tile's scores, how many wait in shared memory and not in registers
 
 
 def _mma_options(recipe: Recipe, Dp: int) -> list[_Mma]:
     """Options for a padded head dimension, the best first."""
+    # Scores that are sums of floats need registers beside the scores for the sums.
+    floating = recipe.k_granularity == "channel" or recipe.k_format not in _INTEGERS
+    fp8 = recipe.k_format in _FP8
     if Dp == 64:
+        if fp8 or recipe.k_granularity == "channel":
+            return [_Mma(min_blocks=2)]
         folded = recipe.folded_v  # its logarithms take the registers that Q would have
         return [_Mma(beside=2 if folded else 4, query_in_registers=not folded, min_blocks=3)]
     if Dp == 128:
+        if fp8:
+            return [_Mma(k_buffers=1, query_in_registers=False, fence=3, min_blocks=2)]
         return [_Mma(min_blocks=2), _Mma(k_buffers=1, min_blocks=2)]
-    fence = 2 if recipe.integer_p else 0
+    fence = 3 if floating and recipe.k_granularity != "channel" else 2 if recipe.integer_p and not floating else 0
     return [_Mma(k_buffers=1, beside=0, fence=fence, query_in_registers=False)]
 
 
-_MMA_FORMATS = {"int8": 0, "fp16": 2}
+_INTEGERS = ("int8", "int4")
+_FP8 = ("e4m3", "e5m2")
 
 
 def _mma_tile(recipe: Recipe, Dp: int, option: _Mma) -> Tile:
-    value_bytes = 2 if recipe.v_format == "fp16" else 1
-    scales = (4 * TILE if recipe.k_granularity == "token" else 0) + (8 * TILE if recipe.folded_v else 0)
-    shared = option.k_buffers * TILE * Dp + option.v_buffers * TILE * Dp * value_bytes + 2 * scales + 16
-    if not option.query_in_registers:
-        shared += option.warps * 16 * Dp
+    # The map of attention_mma.cu, which checks the sum.
+    scales = {"token": 4 * TILE, "channel": 4 * TILE * Dp // CHANNEL_GROUP}.get(recipe.k_granularity, 0)
+    scales += 8 * TILE if recipe.folded_v else 0
+    shared = option.k_buffers * TILE * Dp * recipe.bits["k"] // 8
+    shared += option.v_buffers * TILE * Dp * recipe.bits["v"] // 8
+    shared += 2 * scales + 48
+    shared += option.warps * 32 * 16 * option.stash
+    if recipe.q_granularity == "channel" and Dp > 64:
+        shared += option.warps * 32 * 8 * (Dp // CHANNEL_GROUP)
+    if not option.query_in_registers:  # where 4-bit numbers have become bytes
+        shared += option.warps * 16 * Dp * max(recipe.bits["q"], 8) // 8
     macros = {
         "INTFA_DP": Dp,
         "INTFA_WARPS": option.warps,
@@ -252,24 +285,31 @@ def _mma_tile(recipe: Recipe, Dp: int, option: _Mma) -> Tile:
         "INTFA_BESIDE": option.beside,
         "INTFA_FENCE": option.fence,
         "INTFA_QUERY_IN_REGISTERS": int(option.query_in_registers),
+        "INTFA_STASH": option.stash,
         "INTFA_MIN_BLOCKS": option.min_blocks,
         "INTFA_SMEM": shared,
-        "INTFA_Q_FORMAT": _MMA_FORMATS[recipe.q_format],
-        "INTFA_K_FORMAT": _MMA_FORMATS[recipe.k_format],
-        "INTFA_V_FORMAT": _MMA_FORMATS[recipe.v_format],
+        "INTFA_Q_FORMAT": FORMATS[recipe.q_format],
+        "INTFA_K_FORMAT": FORMATS[recipe.k_format],
+        "INTFA_V_FORMAT": FORMATS[recipe.v_format],
         "INTFA_P_LEVELS": recipe.p_levels,
         "INTFA_P_RUNNING": int(recipe.p_max == "running"),
         "INTFA_K_SCALE": K_SCALES[recipe.k_granularity],
-        "INTFA_Q_CHANNEL_SCALE": 0,
+        "INTFA_Q_CHANNEL_SCALE": int(recipe.q_granularity == "channel"),
         "INTFA_V_FOLDED": int(recipe.folded_v),
     }
     return Tile("mma", 16 * option.warps, 32 * option.warps, shared, tuple(macros.items()))
 
 
-def _mma_missing(recipe: Recipe) -> Iterator[str]:
-    yield from _wmma_missing(recipe)
-    if recipe.folded_v and recipe.k_granularity != "token":
-        yield f"folded V with K's scale per {recipe.k_granularity} (has token)"
+def _mma_missing(recipe: Recipe, device: Device) -> Iterator[str]:
+    fp8 = [fmt for fmt in dict.fromkeys((recipe.k_format, recipe.v_format)) if fmt in _FP8]
+    if fp8 and device.capability < 89:
+        yield f"{' and '.join(fp8)} (needs compute capability 8.9; {device.name} has {device.capability / 10:.1f})"
+    if recipe.q_granularity == "channel" and recipe.k_granularity != "channel":
+        yield f"Q's scale per channel group with K's per {recipe.k_granularity} (has both)"
+    if not recipe.integer_p and recipe.p_max != "running":
+        yield f"{recipe.p_format} P against the tile's maximum (has the running one)"
+    if recipe.folded_v and recipe.k_granularity in ("group", "tile"):
+        yield f"folded V with K's scale per {recipe.k_granularity} (has all others)"
 
 
 def _mma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
@@ -292,7 +332,7 @@ def _int8_qk_missing(recipe: Recipe, k_granularities: tuple[str, ...]) -> Iterat
 @dataclass(frozen=True)
 class _Kernel:
     tiles: Callable[[Recipe, int], list[Tile]]
-    missing: Callable[[Recipe], Iterator[str]]
+    missing: Callable[[Recipe, Device], Iterator[str]]
     architectures: tuple[str, ...]  # that it is compiled and tested for
 
 
@@ -329,7 +369,7 @@ def _choose(name: str, recipe: Recipe, Dp: int, device: Device) -> tuple[Tile | 
     reason = device_problem(name, device)
     if reason is not None:
         return None, reason
-    missing = list(_KERNELS[name].missing(recipe))
+    missing = list(_KERNELS[name].missing(recipe, device))
     if missing:
         return None, "lacks " + "; ".join(missing)
     tiles = _KERNELS[name].tiles(recipe, Dp)
@@ -370,13 +410,18 @@ def find(name: str, problem: Problem, device: Device) -> tuple[Tile | None, str 
             None,
             f"needs {blocks:,} blocks for Sq = {problem.Sq}, Sk = {problem.Sk}; the limits are 2^31 and 2^30",
         )
+    if tile.specializes and not problem.masked and problem.Sk % TILE == 0:
+        tile = replace(tile, masked=False)
     return tile, None
 
 
 def variants(name: str, recipe: Recipe, arch: str) -> list[Tile]:
     """Return every tile of a kernel that an architecture can run for a recipe, of all head dimensions."""
     kernel = _KERNELS[name]
-    if arch not in kernel.architectures or any(True for _ in kernel.missing(recipe)):
+    capability = int(arch.removeprefix("sm_").rstrip("a"))
+    limit = SHARED_MEMORY[capability] * 1024
+    if arch not in kernel.architectures or any(
+        True for _ in kernel.missing(recipe, Device(arch, capability, 1, limit))
+    ):
         return []
-    limit = SHARED_MEMORY[int(arch.removeprefix("sm_").rstrip("a"))] * 1024
     return [tile for Dp in (64, 128, 256) for tile in kernel.tiles(recipe, Dp) if tile.shared_memory <= limit]

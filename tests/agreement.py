@@ -40,11 +40,11 @@ class Rounding:
 
 #: The WMMA kernel rounds P from a float32 exponential. The others round it from a float16 one, which is off
 #: by up to 2**-12, and so by 255 / 4096 of a count: one P in twenty comes out as its neighbour.
-#: Where K's scale is shared, mma has 12582912 + score as a float of the tensor cores, and one FMA
-#: with the rounded product of 12582912 and the scale gives the exponent.
+#: Where K's scale is shared, mma has 12582912 + score as a float of the tensor cores, and one FMA with
+#: -12582912 times the scale, rounded down, gives the exponent: up to a unit in the last place of that product too little.
 ROUNDING = {
     "wmma": Rounding(),
-    "mma": Rounding(counts=0.51 + 255 / 4096, floating_sum=True, same_rows=0.0, score_units=0.75),
+    "mma": Rounding(counts=0.51 + 255 / 4096, floating_sum=True, same_rows=0.0, score_units=1.5),
     "wgmma": Rounding(counts=0.51 + 255 / 4096, same_rows=0.0),
 }
 

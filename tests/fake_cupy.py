@@ -1,4 +1,4 @@
-"""The little of CuPy that intfa_cupy/gpu.py uses, over the host shim: its launches run without a GPU.
+"""The little of CuPy that intfa_cupy/gpu uses, over the host shim: its launches run without a GPU.
 
 `installed` puts it in CuPy's place. Arrays lie in the shim's memory with exact bounds, so that a launch with
 too small a buffer, too little shared memory or a wrong grid fails here as it would on a device, but louder.
@@ -18,7 +18,9 @@ from typing import Any
 import cpu_cuda
 import numpy as np
 
-from intfa_cupy import Recipe, dispatch, gpu, jit, tiles
+from intfa_cupy import Recipe, api, dispatch, gpu, jit, tiles
+from intfa_cupy.gpu import devices
+from intfa_cupy.gpu.arena import Arena
 from intfa_cupy.kernel_source import source_dir
 from intfa_cupy.problem import Problem
 
@@ -26,20 +28,29 @@ from intfa_cupy.problem import Problem
 class Pointer:
     """A place in an allocation (cupy.cuda.MemoryPointer)."""
 
-    def __init__(self, memory: cpu_cuda.Memory, offset: int = 0) -> None:
+    def __init__(self, memory: cpu_cuda.Memory, offset: int = 0, opened: set[int] | None = None) -> None:
         self.memory, self.offset = memory, offset
+        self.opened: set[int] = set() if opened is None else opened  # where kernels may go already
 
     @property
     def ptr(self) -> int:
         return self.memory.address + self.offset
 
     def __add__(self, offset: int) -> Pointer:
-        return Pointer(self.memory, self.offset + offset)
+        return Pointer(self.memory, self.offset + offset, self.opened)
 
 
 def alloc(nbytes: int) -> Pointer:
     """Reserve memory; only the arrays made in it are accessible to kernels."""
     return Pointer(cpu_cuda.Memory(nbytes, "allocation"))
+
+
+def allocate(arena: Arena) -> Pointer:
+    """Stand in for Arena.allocate: kernels may go where its arrays will be, and not between them."""
+    memory = alloc(max(arena.size, 1))
+    for x in arena.arrays(memory).values():
+        memory.opened.add(x.data.offset)
+    return memory
 
 
 class ndarray:
@@ -52,7 +63,8 @@ class ndarray:
         shape, dtype = tuple(np.atleast_1d(shape).tolist()), np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         self.data = memptr or alloc(nbytes)
-        self._open(nbytes, written=False)
+        if self.data.offset not in self.data.opened:
+            self._open(nbytes, written=False)
         strides = tuple(dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
         self._view = self.data.memory.view(self.data.offset, shape, dtype, strides)
 
@@ -208,8 +220,11 @@ def installed(*of_device: int, order: Any = "ascending") -> Iterator[Any]:
         patch.setitem(sys.modules, "cupy", module)
         patch.setattr(jit, "get_function", get_function)
         patch.setattr(gpu, "unavailable", lambda: None)
-        patch.setattr(gpu, "device", lambda: device(*of_device))
-        patch.setattr(gpu, "_functions", {}, raising=False)
+        for part in (gpu, devices):
+            patch.setattr(part, "device", lambda: device(*of_device))
+        patch.setattr(devices, "_kernels", {})
+        patch.setattr(api, "_plans", {})
+        patch.setattr(Arena, "allocate", allocate)
         patch.setattr(Launcher, "order", order)
         dispatch._gpu_problem.cache_clear()
         try:

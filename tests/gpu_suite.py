@@ -1,6 +1,6 @@
 """Run the GPU tests and compute-sanitizer on this machine, side by side, and record the run.
 
-    python tests/gpu_suite.py [--record] [--no-sanitizer] [--logs FOLDER]
+    python tests/gpu_suite.py [--record] [--no-sanitizer] [--seeds N] [--logs FOLDER]
 
 Kernels are compiled first, on all cores. Tests drawn by hypothesis run several times with different seeds,
 each in a process of its own. ``--record`` writes what ran, on what and with which kernel sources to
@@ -10,6 +10,7 @@ each in a process of its own. ``--record`` writes what ran, on what and with whi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,7 +31,6 @@ ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
 KERNELS = ("wgmma", "mma", "wmma")
-SEEDS = (1, 2, 3)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 AGREEMENT = "test_gpu_attention.py::test_kernels_agree_with_the_model"
 
@@ -44,7 +44,7 @@ class Job:
     passes: str = ""  # what its output must say besides an exit code of 0
 
 
-def jobs(sanitizer: bool) -> list[Job]:
+def jobs(sanitizer: bool, seeds: int) -> list[Job]:
     """Return all processes, the longest first."""
     pytest = (
         sys.executable,
@@ -59,15 +59,16 @@ def jobs(sanitizer: bool) -> list[Job]:
         str(ROOT),
     )
     found = []
-    for seed in SEEDS:
+    for seed in range(1, seeds + 1):
         option = f"--hypothesis-seed={seed}"
         for kernel in KERNELS:
             found.append(
                 Job(f"agreement-{kernel}-{seed}", (*pytest, option, f"{TESTS / AGREEMENT}[{kernel}]"))
             )
         found.append(Job(f"quantizer-{seed}", (*pytest, option, str(TESTS / "test_gpu_quantize.py"))))
-    rest = ("test_gpu_attention.py", "test_gpu_accuracy.py")
-    found.append(Job("others", (*pytest, *(str(TESTS / r) for r in rest), "-k", "not agree_with_the_model")))
+    for name in ("attention", "accuracy"):
+        test = str(TESTS / f"test_gpu_{name}.py")
+        found.append(Job(f"other-{name}", (*pytest, test, "-k", "not agree_with_the_model")))
     if sanitizer:
         for kernel in KERNELS:
             for tool in TOOLS:
@@ -116,11 +117,20 @@ def compilations() -> list[tuple[str, dict[str, int]]]:
     import test_gpu_quantize
 
     from intfa_cupy import gpu, recipes, tiles
+    from intfa_cupy.packing import padded_head_dim
     from intfa_cupy.problem import Problem
+    from intfa_cupy.quantized import TILE
 
-    dtypes = ("float16", "bfloat16", "float32")
-    tests = test_gpu_attention, test_gpu_quantize
-    calls, quantized = ({(r, D, t) for r in m.RECIPES for D in m.HEAD_DIMS for t in dtypes} for m in tests)
+    calls, quantized = (
+        {
+            (recipe, D, dtype)
+            for recipe in module.RECIPES
+            for D in module.HEAD_DIMS
+            for dtype in test_gpu_quantize.dtypes_of(recipe)
+            if dtype != "float64"
+        }
+        for module in (test_gpu_attention, test_gpu_quantize)
+    )
     for name, head_dims in gpu_cases.RECIPES.items():
         calls |= {(recipes()[name], D, t) for D in head_dims for t in ("float16", "float32")}
     found: dict[Any, tuple[str, dict[str, int]]] = {}
@@ -130,12 +140,15 @@ def compilations() -> list[tuple[str, dict[str, int]]]:
 
     device = gpu.device()
     for recipe, D, dtype in calls:
-        for right in (-1, 0):
-            problem = Problem(1, 1, 1, 1, 1, D, recipe, right=right)
+        for right, pairs in itertools.product((-1, 0), (False, True)):
+            problem = Problem(1, 1, 1, 1, TILE, D, recipe, right=right)
+            # A padded D rules pairs out; a full tile of keys is rare without.
+            if pairs != (padded_head_dim(D) == D) and (pairs or right < 0):
+                continue
             for kernel in KERNELS:
                 tile, _ = tiles.find(kernel, problem, device)
                 if tile is not None:
-                    add(tile.entry, tile.defines(dtype))
+                    add(tile.entry, tile.defines(dtype, pairs))
                     quantized.add((recipe, D, dtype))
     for recipe, D, dtype in quantized:
         add("quantize", gpu.quantizer_defines(recipe, D, dtype))
@@ -188,6 +201,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--record", action="store_true", help="write the run into the package's data")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each hypothesis test (default 3)")
     parser.add_argument("--logs", type=Path, help="where to keep each process's output")
     options = parser.parse_args()
     sanitizer = not options.no_sanitizer
@@ -204,7 +218,7 @@ def main() -> int:
         logs = options.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = list(pool.map(lambda job: run(job, logs, environment), jobs(sanitizer)))
+            results = list(pool.map(lambda job: run(job, logs, environment), jobs(sanitizer, options.seeds)))
         document = {"machine": records.machine(), **outcome(results, logs)}
     print(json.dumps(document, indent=1))
     if not all(passed for _, passed, _ in results):

@@ -11,53 +11,22 @@ import cpu_cuda
 import ml_dtypes
 import numpy as np
 
-from intfa_cupy import QuantizedQKV, gpu, model, packing
+from intfa_cupy import QuantizedQKV, gpu
+from intfa_cupy.gpu import transfer
 from intfa_cupy.kernel_source import source_dir
 from intfa_cupy.problem import Problem
-from intfa_cupy.quantized import TILE, tiles_of
+from intfa_cupy.quantized import tiles_of
 from intfa_cupy.tiles import Tile
 
 UNBOUNDED = 2**31 - 1
 
 
-def pad_keys(x: np.ndarray, tiles: int) -> np.ndarray:
-    """Pad (B, Hkv, Sk, ...) with zeros to whole tiles."""
-    out = np.zeros((*x.shape[:2], tiles * TILE, *x.shape[3:]), x.dtype)
-    out[:, :, : x.shape[2]] = x
-    return out
-
-
 def packed_operands(qkv: QuantizedQKV) -> dict[str, np.ndarray | None]:
     """Everything that an attention kernel reads, in the packed format, by the names of AttentionParams."""
-    recipe = qkv.recipe
-    B, Hkv, Sk, D = qkv.k.shape
-    Dp, tiles = packing.padded_head_dim(D), tiles_of(Sk)
-    k_scale = pad_keys(qkv.k.scale, tiles) if recipe.k_granularity == "token" else qkv.k.scale
-    if recipe.v_format == "fp16":
-        v = pad_keys(np.pad(qkv.v.values, ((0, 0),) * 3 + ((0, Dp - D),)), tiles)
-    else:
-        v = packing.pack_v(qkv.v.values)
-    v_scale, v_fold = np.zeros((B, Hkv, Dp), np.float32), None
-    if recipe.folded_v:
-        with np.errstate(invalid="ignore"):
-            largest = qkv.v.scale.max(axis=2, keepdims=True, initial=0)
-            v_fold = pad_keys(np.stack([np.log2(qkv.v.scale / largest), largest / qkv.v.scale], -1), tiles)
-        v_scale[:] = largest
-    elif recipe.v_granularity == "channel":
-        v_scale[..., :D] = qkv.v.scale
-    else:
-        v_scale[:] = qkv.v.scale[..., None]
-    return {
-        "q": packing.pack_q(qkv.q.values),
-        "q_scale": qkv.q.scale,
-        "k": packing.pack_k(qkv.k.values),
-        "k_scale": k_scale,
-        "v": v,
-        "v_scale": v_scale,
-        "v_fold": v_fold,
-        "guard": model.guard(qkv),
-        "lse_shift": qkv.lse_shift,
-    }
+    made = transfer.operands(qkv)
+    names = {name: name for name in ("q_scale", "k_scale", "v_scale", "v_fold", "guard", "lse_shift")}
+    names |= {"q": "q8", "k": "k8", "v": "v8"}
+    return {name: made.get(source) for name, source in names.items()}
 
 
 def attention_request(tile: Tile, out_dtype: str, source: str | None = None) -> dict[str, Any]:

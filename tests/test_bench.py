@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
 import json
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from intfa_cupy import bench, bench_report, dispatch, jit, plots, records
+from intfa_cupy import api, bench, bench_report, dispatch, jit, plots, records
 from intfa_cupy.cli import app
 
 MACHINE = {
@@ -70,6 +74,8 @@ def test_table_shows_every_row_and_fits(width: int) -> None:
     if width == 200:
         assert kernel.split()[4:6] == ["400", "50"], kernel  # TOPS and % of peak
         assert "2.00" in kernel
+        share = 100 * (3 << 20) / (3 * 2 * 16 * 32 * 1024 * 64)  # bytes of Q, K, V against 16 bits
+        assert kernel.split()[-1] == f"{share:.0f}", kernel
     assert any("75*" in line for line in lines)
 
 
@@ -83,6 +89,133 @@ def test_figure_is_a_picture(tmp_path: Path) -> None:
     file = tmp_path / "bench.png"
     plots.save(bench_report.bench_figure(made_up()), file)
     assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 20_000
+
+
+class FakeCuPy:
+    """Events on a clock that calls move forward, as far as the timer needs CuPy."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.order: list[str] = []
+        outer = self
+
+        class Event:
+            def record(self, stream: object) -> None:
+                self.at = outer.now
+
+        self.cuda = types.SimpleNamespace(Event=Event, get_elapsed_time=lambda a, b: b.at - a.at)
+
+    def timer(self, repeats: int) -> bench._Timer:
+        timer = bench._Timer.__new__(bench._Timer)
+        timer.cp, timer.repeats = self, repeats
+        timer.stream = contextlib.nullcontext()
+        timer.stream.synchronize = lambda: None
+        timer.flush = types.SimpleNamespace(fill=lambda x: self.order.append("flush"))
+        return timer
+
+    def call(self, name: str, milliseconds: float) -> Callable[[], None]:
+        def run() -> None:
+            self.order.append(name)
+            # The card gets slower with every launch, down to a half over the whole run.
+            self.now += milliseconds * (1 + self.order.count("flush") / 300)
+
+        return run
+
+
+def test_contestants_take_turns_and_none_is_always_first() -> None:
+    cupy = FakeCuPy()
+    times = cupy.timer(100).rounds([cupy.call("a", 1.0), cupy.call("b", 1.0), cupy.call("c", 2.0)])
+    assert cupy.order[:12:2] == ["flush"] * 6  # before every launch
+    assert cupy.order[1:18:2] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert [cupy.order.count(x) for x in "abc"] == [100] * 3
+    (a, *_), (b, *_), (c, *_) = times
+    assert a == pytest.approx(b, rel=0.01) and c == pytest.approx(2 * a, rel=0.01)
+    for median, low, high in times:
+        assert low < median < high
+        assert (high - low) / median == pytest.approx(0.8 / 1.5, rel=0.05)
+
+
+def test_who_is_not_timed_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explain(*arrays: object, recipe: str, is_causal: bool, backend: str) -> object:
+        if recipe == "int4":
+            raise dispatch.UnsupportedError(f"{backend} has no int4")
+        return types.SimpleNamespace(backend="mma" if backend == "auto" else backend)
+
+    monkeypatch.setattr(api, "explain", explain)
+    monkeypatch.setattr(bench, "_calls", lambda timer, shape, arrays, name, backend, exact: [(name, backend)])
+    missing: dict[str, str] = {}
+    shape = bench.Shape(1, 1, 64, 64)
+    found = bench._own(None, shape, [], ["int8", "int4"], ["mma", "wmma", "auto"], None, missing)
+    assert found == [("int8", "mma"), ("int8", "wmma")]  # auto is mma here, timed once
+    assert missing == {f"int4 ({b})": f"{b} has no int4" for b in ("mma", "wmma", "auto")}
+    result = dataclasses.replace(made_up(), missing=missing)
+    stream = io.StringIO()
+    bench_report.print_bench(Console(file=stream, width=200, color_system=None), result)
+    assert "int4 (wmma): not measured: wmma has no int4" in stream.getvalue()
+    assert bench.BenchResult.from_dict(json.loads(json.dumps(result.as_dict()))).missing == missing
+
+
+def test_a_run_times_all_contestants_of_a_shape_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    from intfa_cupy import gpu
+
+    events: list[str] = []
+
+    class Timer:
+        def __init__(self, repeats: int) -> None:
+            assert repeats == 5
+
+        def prepare(self, call: Callable[[], float], *, graph: bool) -> Callable[[], float]:
+            events.append("capture" if graph else "warm up")
+            return call
+
+        def rounds(self, runs: list[Callable[[], float]]) -> list[tuple[float, float, float]]:
+            events.append(f"time {len(runs)}")
+            return [(run(), run(), run()) for run in runs]
+
+    def own(*args: object) -> list[bench._Contestant]:
+        events.append("inputs")
+        return [
+            bench._Contestant("int8", "mma", "kernel", lambda: 2.0, 1),
+            bench._Contestant("int8", "mma", "with quantisation", lambda: 4.0, 1, graph=True),
+            bench._Contestant("int8", "mma", "quantisation", lambda: 2.0, 1, graph=True),
+        ]
+
+    def peers(*args: object) -> list[bench._Contestant]:
+        events.append("inputs")
+        return [bench._Contestant("cuDNN bf16", "cuDNN", "peer", lambda: 3.0, 1)]
+
+    monkeypatch.setattr(gpu, "unavailable", lambda: None)
+    for name, stand_in in (
+        ("_Timer", Timer), ("_machine", lambda timer: MACHINE), ("_inputs", lambda shape: []), ("_own", own),
+        ("_peers", peers),
+    ):  # fmt: skip
+        monkeypatch.setattr(bench, name, stand_in)
+    shapes = [bench.Shape(1, 1, n, 64) for n in (64, 128)]
+    result = bench.bench(shapes, ["int8"], repeats=5, errors=False)
+    # A captured graph keeps writing where its call did: no input may be allocated after it.
+    assert events == ["inputs", "inputs", "warm up", "capture", "capture", "warm up", "time 4"] * 2
+    assert result.shapes() == shapes
+    assert [row.ratios for row in result.rows[:4]] == [{"cuDNN bf16": x} for x in (1.5, 0.75)] + [
+        {},
+        {"cuDNN bf16": 1.0},
+    ]
+
+
+def test_a_card_without_a_known_peak_still_has_a_table() -> None:
+    result = made_up()
+    machine = {**MACHINE, "int8_peak_tops": None}
+    contestant = bench._Contestant("int8", "mma", "kernel", lambda: None, 3 << 20, 0.01)
+    row = bench._row(machine, bench.Shape(1, 1, 1024, 64), contestant, (1.0, 0.9, 1.1))
+    assert row.tops == pytest.approx(4 * 64 * 1024 * 1024 / 1e-3 / 1e12) and np.isnan(row.peak)
+    document = json.loads(json.dumps(bench.BenchResult(machine, [row]).as_dict(), allow_nan=False))
+    assert np.isnan(bench.BenchResult.from_dict(document).rows[0].peak)
+    stream = io.StringIO()
+    bench_report.print_bench(
+        Console(file=stream, width=200, color_system=None), bench.BenchResult(machine, [row])
+    )
+    assert "INT8 peak unknown" in stream.getvalue() and "nan" not in stream.getvalue()
+    quantiser = bench._Contestant("int8", "mma", "quantisation", lambda: None, 10**9, None)
+    assert bench._row(MACHINE, result.rows[0].shape, quantiser, (1.0, 1.0, 1.0)).peak == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "1,2,3,x", "0,1,1,64", "1,1,1,257", "1,1,1,64,full", ""])
@@ -105,6 +238,22 @@ def test_a_record_says_whether_it_is_of_these_sources(
     assert records.freshness("bench") == "Made-up GPU, 2026-01-01, of these kernel sources"
     monkeypatch.setattr(records, "load", lambda name: None)
     assert records.freshness("bench") == "nothing recorded"
+
+
+def test_the_recorded_run_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(records, "load", lambda name: None)
+    result = CliRunner().invoke(app, ["bench", "--recorded"])
+    assert result.exit_code == 2 and "no run is recorded" in result.output
+    document = made_up().as_dict()
+    monkeypatch.setattr(records, "load", lambda name: document if name == "bench" else None)
+    picture = tmp_path / "bench.png"
+    result = CliRunner().invoke(app, ["bench", "--recorded", "--plot", str(picture)])
+    assert result.exit_code == 0, result.output
+    assert "not of this machine: Made-up GPU, 2026-01-01, of OTHER kernel sources" in result.stdout
+    assert {str(shape) for shape in made_up().shapes()} <= set(result.stdout.splitlines())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    as_json = CliRunner().invoke(app, ["bench", "--recorded", "--json", "-"])
+    assert json.loads(as_json.stdout) == json.loads(json.dumps(document))
 
 
 def test_without_a_gpu_the_command_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,8 +315,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, on_gpu: Any) -> None:
     }
     monkeypatch.setattr("intfa_cupy.dispatch.backends", lambda: statuses)
     monkeypatch.setattr(work, "_on_gpu", on_gpu)
-    device = work._device
-    monkeypatch.setattr(work, "_device", lambda name: "Pretended GPU" if name == "wgmma" else device(name))
+    device = work.device_name
+    monkeypatch.setattr(work, "device_name", lambda b: "Pretended GPU" if b == "wgmma" else device(b))
 
 
 def test_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch, own_file: Path) -> None:

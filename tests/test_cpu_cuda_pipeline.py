@@ -1,4 +1,4 @@
-"""quantize.cu and the launches of intfa_cupy/gpu.py on the host shim: the public functions on a fake device.
+"""quantize.cu and the launches of intfa_cupy/gpu on the host shim: the public functions on a fake device.
 
 The quantisation kernels are bit-equal to the NumPy quantiser given the same statistics of a sequence, whose
 sums they form in another order; the whole call is compared with the model.
@@ -6,6 +6,7 @@ sums they form in another order; the whole call is compared with the model.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,11 @@ import strategies as sts
 from agreement import Rounding, check_against_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import FP8, fp8_edges, unscaled
 
 import intfa_cupy as intfa
-from intfa_cupy import QuantizedQKV, Recipe, model, packing
+from intfa_cupy import QuantizedQKV, QuantizedTensor, Recipe, dispatch, gpu, model, packing
+from intfa_cupy.gpu import transfer
 from intfa_cupy.quantize import HeadStatistics, head_statistics, quantize_numpy
 
 pytestmark = pytest.mark.skipif(cpu_cuda.unavailable() is not None, reason=str(cpu_cuda.unavailable()))
@@ -44,7 +47,8 @@ class Variant:
         return f"{recipe.k_granularity}-{recipe.v_granularity}-{steps}-{self.D}-{self.dtype}"
 
 
-# Every input type, granularity, step of preparation and kind of D: powers of two, sums of them, odd, tiny.
+E5M2_V: dict[str, Any] = {"v_format": "e5m2", "p_format": "e5m2", "v_granularity": "none", "p_max": "running"}
+# Every input type, format, granularity, preparation and kind of D: powers of two, sums of them, odd, tiny.
 VARIANTS = [
     Variant(R["int8"], 64, "float16"),
     Variant(R["int8"], 80, "float32"),
@@ -58,6 +62,22 @@ VARIANTS = [
     Variant(Recipe(k_granularity="tile", v_granularity="head", smooth_k=True), 192, "float32"),
     Variant(Recipe(k_granularity="token", v_granularity="channel", equalize=True), 40, "float16"),
     Variant(Recipe(k_granularity="group", v_granularity="token", hadamard=True), 129, "bfloat16"),
+    Variant(R["int4"], 64, "float16"),
+    Variant(R["int4"], 80, "float32"),
+    Variant(R["k4"], 128, "bfloat16"),
+    Variant(R["k4"], 129, "float16"),
+    Variant(R["fp16"], 64, "float16"),
+    Variant(R["fp16"], 96, "float32"),
+    Variant(R["fp16"], 256, "bfloat16"),
+    Variant(R["fp8-e4m3"], 64, "float16"),
+    Variant(R["fp8-e4m3"], 33, "float32"),
+    Variant(R["fp8-e5m2"], 128, "bfloat16"),
+    Variant(R["fp8-e5m2"], 17, "float32"),
+    Variant(R["fp8-e4m3"].replace(smooth_k=True, equalize=True, hadamard=True), 80, "float16"),
+    Variant(R["fp16"].replace(hadamard=True), 128, "float16"),
+    Variant(R["fp8-e5m2"].replace(k_granularity="head"), 48, "float16"),
+    Variant(Recipe(k_granularity="channel", q_format="int4", v_granularity="head"), 40, "float32"),
+    Variant(Recipe(k_format="int4", q_granularity="channel", **E5M2_V), 200, "float32"),
 ]
 # Those whose attention kernels are compiled too.
 WHOLE_CALLS = [VARIANTS[i] for i in (0, 3, 5, 8, 9)]
@@ -83,7 +103,9 @@ def quantize_both_orders(case: sts.Case, variant: Variant, inputs: sts.Arrays) -
     for order in ORDERS:
         with fake_cupy.installed(order=order):
             arrays = [fake_cupy.strided(x) for x in inputs]
-            runs.append(intfa.quantize_qkv(*arrays, recipe=variant.recipe, layout=case.layout))
+            # Not through quantize_qkv, which refuses what no attention kernel takes.
+            plan = dispatch.Plan("", case.problem(variant.recipe))
+            runs.append(gpu.quantize(*arrays, plan, layout=case.layout))
     first, second = ({name: x.get() for name, x in run.extra["operands"].items()} for run in runs)
     for name in first:
         assert first[name].tobytes() == second[name].tobytes(), f"{name} depends on the order of warps"
@@ -99,6 +121,11 @@ def statistics_of(qkv: QuantizedQKV) -> dict[tuple[int, int], HeadStatistics]:
     return {(b, h): HeadStatistics(mean[b, h, :D], factor[b, h, :D]) for b in range(B) for h in range(Hkv)}
 
 
+def as_numbers(t: QuantizedTensor) -> np.ndarray:
+    """Stored numbers in a type in which NaN equals NaN."""
+    return t.numbers().astype(np.float32)
+
+
 def assert_packed_equal(got: QuantizedQKV, want: QuantizedQKV) -> None:
     """Compare what the kernels wrote with the NumPy quantiser's: integers, scales, padding, marks."""
     made = {name: x.get() for name, x in got.extra["operands"].items()}
@@ -110,17 +137,21 @@ def assert_packed_equal(got: QuantizedQKV, want: QuantizedQKV) -> None:
         one, other = getattr(host, name), getattr(want, name)
         sound = np.full(other.shape[:2], True) if name == "q" else ~marks
         assert one.values.dtype == other.values.dtype
-        np.testing.assert_array_equal(one.values[sound], other.values[sound], err_msg=f"{name}")
-        np.testing.assert_array_equal(one.scale[sound], other.scale[sound], err_msg=f"{name}'s scale")
+        np.testing.assert_array_equal(as_numbers(one)[sound], as_numbers(other)[sound], err_msg=f"{name}")
+        assert (one.scale is None) == (other.scale is None)
+        if one.scale is not None:
+            np.testing.assert_array_equal(one.scale[sound], other.scale[sound], err_msg=f"{name}'s scale")
     # Padding is zero: it takes part in products, or hides behind a mask only where it is finite.
-    np.testing.assert_array_equal(made["q8"], packing.pack_q(host.q.values))
-    np.testing.assert_array_equal(made["k8"], packing.pack_k(host.k.values))
-    if got.recipe.v_format == "int8":
-        np.testing.assert_array_equal(made["v8"], packing.pack_v(host.v.values))
-    else:
-        padding = made["v8"].copy()
-        padding[:, :, : want.v.shape[2], : want.v.shape[3]] = 0
-        assert not padding.any()
+    np.testing.assert_array_equal(made["q8"], packing.pack_q(host.q.numbers(), host.q.format))
+    np.testing.assert_array_equal(made["k8"], packing.pack_k(host.k.numbers(), host.k.format))
+    np.testing.assert_array_equal(made["v8"], packing.pack_v(host.v.numbers(), host.v.format))
+    # What the kernels read beside the container is what an upload of it would bring, but for padding.
+    uploaded = transfer.operands(want)
+    for name in ("q_scale", "k_scale", "v_scale"):
+        sound = np.full(want.q.shape[:2], True) if name == "q_scale" else ~marks
+        one, other = made[name][sound], uploaded[name][sound]
+        assert one.shape == other.shape
+        np.testing.assert_array_equal(one[other != 0], other[other != 0], err_msg=name)
     assert np.isfinite(made["k_scale"][~marks]).all()
     if want.recipe.folded_v:
         S = want.v.shape[2]
@@ -173,8 +204,20 @@ def test_quantizer_marks_what_is_not_finite(variant: Variant, operand: str) -> N
     got = quantize_both_orders(case, variant, (q, k, v))
     want = quantize_numpy(q, k, v, variant.recipe, statistics=statistics_of(got))
     assert_packed_equal(got, want)
-    nan_rows = np.isnan(packing.to_host(got).q.scale)
+    nan_rows = np.isnan(got.extra["operands"]["q_scale"].get()).reshape(2, 4, 150, -1).all(axis=3)
     assert nan_rows[1, 1, 131] == (operand == "q") and nan_rows.sum() == (operand == "q")
+
+
+@pytest.mark.parametrize("fmt", FP8)
+def test_fp8_is_rounded_as_ml_dtypes_rounds_it(fmt: str) -> None:
+    """Every tie, subnormal and number out of range, to the bit."""
+    x = fp8_edges(fmt)
+    case = sts.Case(B=1, H=1, Hkv=1, Sq=x.shape[2], Sk=x.shape[2], D=64, dtype="float32")
+    got = quantize_both_orders(case, Variant(unscaled(fmt), 64, "float32"), (x, x, x))
+    want = quantize_numpy(x, x, x, unscaled(fmt))
+    for name in ("q", "k", "v"):
+        one, other = getattr(packing.to_host(got), name), getattr(want, name)
+        np.testing.assert_array_equal(one.values.view(np.uint8), other.values.view(np.uint8), err_msg=name)
 
 
 @settings(max_examples=30)
@@ -239,3 +282,33 @@ def test_smaller_devices_get_smaller_tiles() -> None:
             assert used[-1] <= shared_memory
     assert used[0] > used[1]
     np.testing.assert_array_equal(*results)
+
+
+def test_repeated_calls_are_those_that_were_asked_for() -> None:
+    """What is remembered of a call serves the same call only, and its results are new arrays."""
+    variant = WHOLE_CALLS[0]
+    case = sts.Case(Sq=40, Sk=150, D=variant.D, dtype=variant.dtype)
+    with fake_cupy.installed():
+        arrays = [fake_cupy.asarray(x) for x in case.logical()]
+        fixed = {"recipe": variant.recipe, "backend": "wmma"}
+        qkv = intfa.quantize_qkv(*arrays, **fixed)
+        other = dataclasses.replace(qkv, out_dtype="float32")
+        calls: list[dict[str, Any]] = [
+            {}, {"is_causal": True}, {"window": (3, 4)}, {"window": [3, 4]}, {"scale": 0.5}, {"scale": 0.25}
+        ]  # fmt: skip
+        first, second = ([intfa.attention_quantized(qkv, backend="wmma", **c) for c in calls] for _ in "ab")
+        whole = [intfa.attention(*arrays, **fixed, **c) for c in calls for _ in "ab"]
+        assert len({id(x) for x in (*first, *second, *whole)}) == 4 * len(calls)
+        for i, x in enumerate(first):
+            for same in (second[i], whole[2 * i], whole[2 * i + 1]):
+                np.testing.assert_array_equal(x.get(), same.get())
+            differs = [j for j, y in enumerate(first) if (x.get() != y.get()).any()]
+            assert len(differs) == len(calls) - (2 if "window" in calls[i] else 1)
+        assert intfa.attention_quantized(other, backend="wmma").dtype == np.float32
+        assert intfa.attention_quantized(qkv, backend="wmma").dtype == np.float16
+        renamed = variant.recipe.replace(name="renamed")
+        assert intfa.quantize_qkv(*arrays, recipe=renamed, backend="wmma").recipe.name == "renamed"
+        for bad in ({"scale": "1"}, {"window": (1, -2)}, {"out_dtype": "int8"}, {"backend": "none"}):
+            for _ in "ab":
+                with pytest.raises((TypeError, ValueError)):
+                    intfa.attention_quantized(qkv, **bad)  # type: ignore[arg-type]

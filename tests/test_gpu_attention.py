@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 import strategies as sts
 from agreement import ROUNDING, check_against_model
-from hypothesis import given, reject, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gpu_quantize import to_device
+from test_gpu_quantize import to_device, with_dtype
 
 import intfa_cupy as intfa
-from intfa_cupy import Recipe, dispatch, packing
+from intfa_cupy import Recipe, dispatch, gpu, packing, tiles
+from intfa_cupy.problem import Problem
 
 pytestmark = pytest.mark.gpu
 R = intfa.recipes()
@@ -27,6 +29,7 @@ KERNELS = ("wgmma", "mma", "wmma")
 RECIPES = [R[n] for n in ("int8", "int8-fast", "paper-int8", "half-int8", "half-int8-plus")] + [
     Recipe(k_granularity="tile", v_granularity="head", p_levels=127),
     Recipe(p_max="running", v_granularity="token"),
+    *(R[n] for n in ("int4", "k4", "fp16", "fp8-e4m3", "fp8-e5m2")),
 ]
 HEAD_DIMS = (1, 33, 64, 80, 128, 256)
 LENGTHS = (*sts.LENGTHS, 513, 1000)
@@ -42,6 +45,16 @@ def report_examples(request: pytest.FixtureRequest) -> Iterator[None]:
     path = os.environ.get("INTFA_GPU_EXAMPLES")
     if path:
         Path(path).write_text(json.dumps(EXAMPLES))
+
+
+@cache
+def served(kernel: str) -> list[Recipe]:
+    """The recipes that a kernel has on this device."""
+    device = gpu.device()
+    found = [r for r in RECIPES if tiles.find(kernel, Problem(1, 1, 1, 1, 1, 64, r), device)[0] is not None]
+    if not found:
+        pytest.skip(f"{kernel}: {tiles.device_problem(kernel, device)}")
+    return found
 
 
 def poisoned(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -61,16 +74,14 @@ def poisoned(shape: tuple[int, ...], dtype: Any) -> Any:
         dtypes=("float16", "bfloat16", "float32"),
         distributions=[d for d in sts.DISTRIBUTIONS if d != "huge"],
     ),
-    recipe=st.sampled_from(RECIPES),
+    data=st.data(),
 )
-def test_kernels_agree_with_the_model(kernel: str, case: sts.Case, recipe: Recipe) -> None:
-    """Any shape, mask, grouping, type and strides that a kernel says it serves."""
+def test_kernels_agree_with_the_model(kernel: str, case: sts.Case, data: st.DataObject) -> None:
+    """Any shape, mask, grouping, type and strides, with any recipe that a kernel says it serves."""
+    recipe = data.draw(st.sampled_from(served(kernel)))
+    case = with_dtype(case, recipe)
     x = [to_device(a) for a in case.arrays()]
     call: dict[str, Any] = {"recipe": recipe, "backend": kernel, **case.call}
-    try:
-        intfa.explain(*x, **call)
-    except dispatch.UnsupportedError:
-        reject()  # not an example: what counts is what a kernel says it serves
     qkv = packing.to_host(intfa.quantize_qkv(*x, recipe=recipe, layout=case.layout, backend=kernel))
     target = poisoned(x[0].shape, x[0].dtype)
     out, lse = intfa.attention(*x, **call, out=target, return_lse=True)
@@ -144,6 +155,55 @@ def test_more_than_two_to_the_31_elements(kernel: str) -> None:
     expected = intfa.attention(*one, backend=kernel, recipe=recipe)
     out = intfa.attention(q, k, v, backend=kernel, recipe=recipe)
     np.testing.assert_array_equal(out[-1, -1].get(), expected[0, 0].get())
+
+
+@cache
+def many_heads(Sk: int, D: int) -> list[Any]:
+    """q, k, v of 528 blocks of 128 rows: four for each multiprocessor of the largest GPU so far."""
+    case = sts.Case(B=3, H=16, Hkv=4, Sq=1400, Sk=Sk, D=D, dtype="float16")
+    return [to_device(a) for a in case.logical()]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("recipe", ["int8-fast", "int8", "paper-int8"])
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("Sk", "mask"),
+    [(640, {}), (700, {"is_causal": True}), (1500, {"window": (200, 50)})],
+    ids=["all keys", "causal, half of the rows see nothing", "window"],
+)
+def test_a_head_does_not_depend_on_those_beside_it(
+    Sk: int, mask: dict[str, Any], D: int, recipe: str, kernel: str
+) -> None:
+    """A persistent block takes several heads in turn; each comes out as in a call of its own."""
+    q, k, v = many_heads(Sk, D)
+    call: dict[str, Any] = {"recipe": recipe, "backend": kernel, "return_lse": True, **mask}
+    try:
+        out, lse = intfa.attention(q, k, v, **call)
+    except dispatch.UnsupportedError as error:
+        pytest.skip(str(error))
+    for b, h in ((0, 0), (1, 2), (2, 3)):
+        group, head = (slice(b, b + 1), slice(4 * h, 4 * h + 4)), (slice(b, b + 1), slice(h, h + 1))
+        one, one_lse = intfa.attention(q[group], k[head], v[head], **call)
+        np.testing.assert_array_equal(out[group].get(), one.get())
+        np.testing.assert_array_equal(lse[group].get(), one_lse.get())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scale", [-0.1, 0.0])
+@pytest.mark.parametrize("D", [64, 256])
+@pytest.mark.parametrize("recipe", ["int8-fast", "int8", "paper-int8"])
+def test_scale_that_is_not_positive(recipe: str, D: int, scale: float, kernel: str) -> None:
+    """The largest exponent is then not the largest score's, and a hidden score times 0 must stay hidden."""
+    case = sts.Case(H=4, Hkv=2, Sq=200, Sk=300, D=D, dtype="float16", is_causal=True, scale=scale)
+    x = [to_device(a) for a in case.logical()]
+    call: dict[str, Any] = {"recipe": recipe, "backend": kernel}
+    try:
+        qkv = packing.to_host(intfa.quantize_qkv(*x, **call))
+    except dispatch.UnsupportedError as error:
+        pytest.skip(str(error))
+    out, lse = (y.get() for y in intfa.attention(*x, **call, **case.call, return_lse=True))
+    check_against_model(qkv, case, case.problem(R[recipe]), out, lse, ROUNDING[kernel])
 
 
 def test_torch_tensors_are_used_in_place() -> None:

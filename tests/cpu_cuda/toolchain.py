@@ -215,7 +215,12 @@ def compile_kernels(
     shim = runtime_library()
     key = digest(
         [*options, *(f"{k}={v}" for k, v in entries.items()), str(source), shim.name],
-        [f for folder in folders for f in folder.iterdir() if f.suffix in (".cu", ".cuh", ".h")],
+        [
+            f
+            for folder in (*folders, HERE / "include")
+            for f in folder.iterdir()
+            if f.suffix in (".cu", ".cuh", ".h")
+        ],
     )
     target = cache_root() / f"kernel-{key}"
     if not (target / "built.json").is_file():

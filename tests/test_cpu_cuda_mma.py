@@ -1,0 +1,157 @@
+"""attention_mma.cu itself on the host shim against the NumPy model, with the tensor cores' instructions spelled out.
+
+`cpu_cuda/include/mma.cuh` stands in for the kernel's header of inline PTX; everything else is the kernel. The
+shim reports races, uninitialised reads and accesses out of bounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import cpu_cuda
+import host_kernels as hk
+import numpy as np
+import pytest
+import strategies as sts
+from agreement import ROUNDING, check_against_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import intfa_cupy as intfa
+from intfa_cupy import Recipe, packing, tiles
+from intfa_cupy.kernel_source import source_dir
+from intfa_cupy.quantize import quantize_numpy
+from intfa_cupy.tiles import Tile
+
+pytestmark = pytest.mark.skipif(cpu_cuda.unavailable() is not None, reason=str(cpu_cuda.unavailable()))
+
+R = intfa.recipes()
+RECIPES = (
+    *(recipe for name, recipe in R.items() if name != "half-int8-plus"),
+    Recipe(k_granularity="tile", v_granularity="head", p_levels=127),
+    Recipe(p_max="running", v_granularity="token", p_levels=100),
+    Recipe(q_format="int4", k_granularity="channel", v_granularity="head"),
+    Recipe(k_format="int4", k_granularity="token"),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel."""
+
+    recipe: Recipe
+    Dp: int
+    tile: Tile
+    bulk: bool  # copies of whole tiles by one thread
+    pairs: bool
+    out_dtype: str
+
+    def __repr__(self) -> str:
+        name = (
+            self.recipe.name
+            if self.recipe.name != "custom"
+            else f"{self.recipe.k_granularity}-{self.recipe.k_format}"
+        )
+        return f"{name}-{self.Dp}{'-bulk' * self.bulk}{'-unmasked' * (not self.tile.masked)}"
+
+    def request(self) -> dict[str, Any]:
+        """Arguments of `cpu_cuda.build`. The source as text finds the shim's mma.cuh and not its neighbour."""
+        text = (source_dir() / f"{self.tile.entry}.cu").read_text()
+        bulk = "#define CPU_CUDA_BULK\n" if self.bulk else ""
+        request = hk.attention_request(self.tile, self.out_dtype, bulk + text)
+        return {**request, "defines": self.tile.defines(self.out_dtype, self.pairs)}
+
+
+@functools.cache
+def variants() -> list[Variant]:
+    """The tiles of every recipe, the ways of copying and of masking taking turns."""
+    found = []
+    for i, recipe in enumerate(RECIPES):
+        for j, tile in enumerate(tiles.variants("mma", recipe, "sm_90")):
+            Dp = tile.defines("float32")["INTFA_DP"]
+            if Dp == 256 and i % 3:
+                continue
+            masked = (i + j) % 3 > 0
+            found.append(
+                Variant(
+                    recipe, Dp, dataclasses.replace(tile, masked=masked), (i + j) % 2 == 0,
+                    not masked, ("float32", "float16", "bfloat16")[i % 3],
+                )
+            )  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def build_all_kernels() -> None:
+    """Compile on all cores; the tests then find the libraries in the cache."""
+    cpu_cuda.build_all(v.request() for v in variants())
+
+
+class _Module:
+    """A module whose launches do not look for races: of barriers in shared memory the shim knows nothing."""
+
+    def __init__(self, module: cpu_cuda.Module) -> None:
+        self.module = module
+
+    def launch(self, *args: Any) -> int:
+        return self.module.launch(*args, check_races=False)
+
+
+@functools.cache
+def module_of(variant: Variant) -> Any:
+    built = cpu_cuda.build(**variant.request())
+    return _Module(built) if variant.bulk else built
+
+
+@pytest.mark.parametrize("variant", variants(), ids=repr)
+@settings(max_examples=4)
+@given(data=st.data())
+def test_attention_mma(variant: Variant, data: st.DataObject) -> None:
+    """Any shape, mask and distribution; where the kernel was compiled for unmasked problems, those."""
+    masked = variant.tile.masked
+    case = data.draw(
+        sts.cases(
+            lengths=(1, 15, 33, 64, 65, 127, 128, 129, 257) if masked else (1, 33, 64, 128, 256),
+            head_dims=[D for D in sts.HEAD_DIMS if packing.padded_head_dim(D) == variant.Dp]
+            if masked
+            else (variant.Dp,),
+            dtypes=("float32",),
+            distributions=[d for d in sts.DISTRIBUTIONS if d != "huge"],
+            masks=masked,
+            memory=False,
+            max_heads=2,
+        )
+    )
+    if not masked:
+        case = case.replace(Sk=-(-case.Sk // 128) * 128)
+    problem = case.problem(variant.recipe, out_dtype=variant.out_dtype)
+    qkv = quantize_numpy(*case.logical(), variant.recipe)
+    operands = hk.packed_operands(qkv)
+    # The shim's bulk copies are done when they are issued, which is first only in this order.
+    orders = ("ascending",) if variant.bulk else ("ascending", "descending")
+    runs = [
+        hk.attention(operands, problem, variant.tile, order, module=module_of(variant)) for order in orders
+    ]
+    for one, other in zip(runs[0], runs[-1], strict=True):
+        assert one is not None and other is not None
+        assert one.tobytes() == other.tobytes(), "the result depends on the order of warps"
+    out, lse = runs[0]
+    assert lse is not None
+    check_against_model(qkv, case, problem, out, lse, ROUNDING["mma"])
+
+
+@pytest.mark.parametrize("name", ["int8-fast", "fp16"])
+def test_rows_that_see_nothing(name: str) -> None:
+    """More queries than keys under a causal mask: whole blocks of rows see no key."""
+    variant = next(v for v in variants() if v.recipe == R[name] and v.Dp == 64)
+    variant = dataclasses.replace(variant, tile=dataclasses.replace(variant.tile, masked=True), bulk=False)
+    case = sts.Case(B=1, H=1, Hkv=1, Sq=150, Sk=33, D=64, is_causal=True)
+    problem = case.problem(variant.recipe, out_dtype=variant.out_dtype)
+    qkv = quantize_numpy(*case.logical(), variant.recipe)
+    module = cpu_cuda.build(**variant.request())
+    out, lse = hk.attention(hk.packed_operands(qkv), problem, variant.tile, module=module)
+    assert lse is not None and np.isneginf(lse[0, 0, :117]).all() and not out[0, 0, :117].any()
+    check_against_model(qkv, case, problem, out, lse, ROUNDING["mma"])
