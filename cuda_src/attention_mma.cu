@@ -179,12 +179,12 @@ struct Item {
 // --- copies ------------------------------------------------------------------------------------------------------
 
 // For large heads registers are short, and the thread's number is read again for every tile.
-__device__ __forceinline__ uint32 copier() { return Dp == 256 ? thread_now() : threadIdx.x; }
+__device__ __forceinline__ uint32 thread_of() { return Dp == 256 ? thread_now() : threadIdx.x; }
 
 template <int bytes>
 __device__ __forceinline__ void copy_linear(uint32 shared, const void* global) {
     static_assert(bytes % 16 == 0, "copies are 16 bytes wide");
-    const uint32 thread = copier();
+    const uint32 thread = thread_of();
     const char* const source = static_cast<const char*>(global) + thread * 16;
     const uint32 target = shared + thread * 16;
 #pragma unroll
@@ -198,7 +198,7 @@ __device__ __forceinline__ void copy_wide_value(uint32 shared, const void* globa
     constexpr int chunks = Dp / 8;           // of 16 bytes per row
     constexpr int rows = kThreads / chunks;  // at a time
     static_assert(rows % 4 == 0 && kTileKeys % rows == 0, "all threads copy, and see two swizzles at most");
-    const uint32 thread = copier();
+    const uint32 thread = thread_of();
     const uint32 row = thread / chunks;
     const uint32 chunk = thread % chunks;
     const char* const source = static_cast<const char*>(global) + thread * 16;
@@ -241,7 +241,7 @@ struct Tiles {
     // K's scale of the thread's keys, where they share one.
     __device__ __forceinline__ float scale_of(int tile) const {
         const int64 index = first + tile;
-        if (kKeyScale == kScaleGroup) return p.k_scale[index * 4 + copier() % 4];
+        if (kKeyScale == kScaleGroup) return p.k_scale[index * 4 + thread_of() % 4];
         if (kKeyScale == kScaleTile) return p.k_scale[index];
         return 1.0f;
     }
@@ -292,7 +292,8 @@ struct Warp {
     float q_group[kM][2][kQueryChannelScale && !kGroupsInShared ? kGroups : 1];
     float q_scale[kM][2];         // of the exponent; positive
     int s[kM][16][4];             // scores: integers or bits of floats
-    int top[kM][2][2];            // largest of them, even and odd fragments apart
+    static constexpr int kTops = Dp < 256 ? 2 : 1;
+    int top[kM][2][kTops];        // largest of them, even and odd fragments apart if there are registers
     uint32 prob[kM][kWideV ? 32 : 16];
     float o[kM][Dp / 8][4];
     float reference[kM][2];
@@ -567,7 +568,7 @@ struct Warp {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int x = larger(s[m][n][2 * h], s[m][n][2 * h + 1]);
-                top[m][h][n % 2] = n < 2 ? x : larger(x, top[m][h][n % 2]);
+                top[m][h][n % kTops] = n < kTops ? x : larger(x, top[m][h][n % kTops]);
             }
     }
 
@@ -650,7 +651,7 @@ struct Warp {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 scale[m][h] = kRaw ? fmaxf(q_scale[m][h] * key_scale, 1e-37f) : q_scale[m][h];
-                x[m][h] = __int_as_float(larger(top[m][h][0], top[m][h][1]));
+                x[m][h] = __int_as_float(larger(top[m][h][0], top[m][h][kTops - 1]));
                 if (kRaw) x[m][h] -= kFloatMagic;
                 if (!kFolded) x[m][h] *= scale[m][h];
                 maximum[m][h] = __shfl_xor_sync(kFullWarp, x[m][h], 1);
@@ -959,7 +960,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attenti
     copy_commit();
     Warp warp(p, shared, item);
 
-    constexpr bool kAhead = Dp < 256;  // fetch K's scale a tile ahead, if there is a register for it
+    constexpr bool kAhead = Dp < 256;  // fetch K's scale a tile ahead, if there is a register for it all the time
     float next_scale = kAhead && begin < end ? tiles.scale_of(begin) : 1.0f;
     for (int tile = begin; tile < end; ++tile) {
         const int turn = tile - begin;
@@ -967,7 +968,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attenti
         const int key_buffer = kKeyBuffers == 2 ? parity : 0;
         const int value_buffer = kValueBuffers == 2 ? parity : 0;
         const bool more = tile + 1 < end;
-        const float key_scale = kAhead ? next_scale : tiles.scale_of(tile);
+        float key_scale = next_scale;
         float scale[kM][2], shift[kM][2];
         const auto copy_next = [&] {  // but for V where it has one buffer
             if (more) {
@@ -988,6 +989,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attenti
             barrier_wait(shared + Map::key_arrival + 8 * key_buffer, turn / kKeyBuffers % 2);
         }
         warp.scores(key_buffer, parity, tile * kTileKeys);
+        if (!kAhead) key_scale = tiles.scale_of(tile);
         if (kKeyBuffers == 1) __syncthreads();  // nobody reads K
         warp.exponent_of(scale, shift, key_scale, [&] {
             if (kAhead && more) next_scale = tiles.scale_of(tile + 1);

@@ -14,20 +14,20 @@
 // it by more than 60: float32 has room for the growth. With P_TILE_MAX=0 (the paper's scheme) P stands against the
 // running maximum instead, and O and l are rescaled in every tile.
 //
-// A block is persistent: three warpgroups on one SM. Warpgroup 0 brings data in with few registers: one
-// thread issues 1-D bulk copies of packed K and V tiles (already swizzled and transposed by the quantiser) into a
-// ring of stages, one works out the items (batch, head, 128 query rows) and leaves a record of each, two warps copy
-// and swizzle the rows of Q. Warpgroups 1 and 2 own 64 of the rows each; they share the tiles and meet in the ring.
-// A consumer's work is one stream of tiles over all its items, which it takes through a software pipeline
-// where registers allow it. With register arrays A and B of 64 accumulators:
+// A block is persistent, one per SM. Its warpgroup 0 brings data in with few registers: one thread issues 1-D bulk
+// copies of packed K and V tiles (already swizzled and transposed by the quantiser) into a ring of stages, one works
+// out the items (batch, head, block of rows) and leaves a record of each, two warps copy and swizzle the rows of Q.
+// The other warpgroups, CONSUMERS of them, own 64 rows each; they share the tiles and meet in the ring. A consumer's
+// work is one stream of tiles over all its items. Where registers allow two arrays A and B of 64 accumulators, it
+// takes them through a software pipeline (PIPELINED):
 //
 //     step j:  wait S(j) in A | row maxima of A | wait P V(j-1) in B | O += B | issue S(j+1) into B
 //              | exponentials of A to P | issue P V(j) into A            then A and B change roles
 //
 // so each product runs beside other work of the same warp. An item's output is written inside the next item's first
 // step, while the tensor cores already work on that item. For DP = 64 the product P V has an array of its own and
-// S(j+1) is issued at the start of step j. Where registers do not allow it (DP = 256, scales of K per token) the
-// products follow each other in one array, and the other warpgroup fills the gaps.
+// S(j+1) is issued at the start of step j. Elsewhere (DP = 256, scales of K per token) the products follow each other
+// in one array, and the other warpgroups fill the gaps.
 //
 // P never leaves registers. Lane 4r+q of an accumulator holds the keys 8i+2q, 8i+2q+1, an 8-bit A operand wants
 // four neighbours 4q..4q+3: the quantiser stores V's keys in the order that makes the two coincide.
@@ -36,14 +36,14 @@
 // are written over the scores they come from (elsewhere there is no room), every wait names the registers that it
 // makes valid, and scalars are kept few: index arithmetic is done by the producers, or is the same in all lanes.
 //
-// Shared memory (dynamic, nothing static):
-//     Q         2 x 128 * DP          two buffers: [warpgroup][DP / 128][64 rows][128 bytes], swizzled
+// Shared memory (dynamic, nothing static), ROWS = 64 * CONSUMERS:
+//     Q         2 x ROWS * DP         two buffers: [warpgroup][DP / 128][64 rows][128 bytes], swizzled
 //     K         STAGES x 128 * DP
 //     V^T       STAGES x DP * 128
 //     scales    STAGES x kAuxBytes    K scales of the tile, then {log2, 1/scale} pairs of V when folded
-//     q_scale   2 x 128 floats
+//     q_scale   2 x ROWS floats
 //     v_scale   4 x DP floats
-//     records   4 x 64 bytes
+//     records   4 x kRecordBytes
 //     barriers  4 * STAGES + 6
 //
 // Compile-time constants (-D):
@@ -52,266 +52,20 @@
 //     V_FOLDED    1: V has a scale per key, folded into the exponent (needs K_SCALE 0)
 //     P_TILE_MAX  1: P against the tile's maximum; 0: against the running maximum
 //     P_LEVELS    255 or 127
+//     CONSUMERS   2, or 3 where DP = 64
+//     STAGES      ring depth
 //     OUT_DTYPE   kFloat16 (0), kBFloat16 (1), kFloat32 (2)
-//     MASKED      0: the caller knows that every row sees every key and that Sk is a multiple of 128 (less code)
 //     OUT_PAIRS   1: the caller knows that D = DP, out_channel = 1, the other strides are even, and out is aligned
 //                 to two elements, so that pairs of channels can be stored; 0: it may not be so
-//     STAGES      ring depth; the default fills shared memory sensibly
+//     MASKED      0: the caller knows that every row sees every key and that Sk is a multiple of 128 (less code)
 //
-// Launch: block = 384, grid = min(SMs, batches * heads * row_blocks) with row_blocks = ceil(Sq / 128), dynamic
-// shared memory = 256 * DP * (1 + STAGES) + STAGES * kAuxBytes + 1024 + 16 * DP + 256 + 8 * (4 * STAGES + 6), where
-// kAuxBytes = (K_SCALE ? 16 : 512) + (V_FOLDED ? 1024 : 0).
-// Sq, Sk >= 1. `lse` may be null, `lse_shift` may be null. The result does not depend on the grid: no atomics.
+// Launch: 128 * (1 + CONSUMERS) threads, min(SMs, batches * heads * row_blocks) blocks, row_blocks = ceil(Sq / ROWS).
+// Sq, Sk >= 1. `lse` and `lse_shift` may be null. The result does not depend on the grid: no atomics.
 
-#include "copy.cuh"
-#include "mask.cuh"
-#include "params.cuh"
-#include "shared_memory.cuh"
 #include "softmax.cuh"
-#include "wgmma.cuh"
-
-// Whether the products of a warp run beside its other work. It takes the registers of two arrays of scores.
-#define PIPELINED (DP <= 128 && K_SCALE == 1)
+#include "wgmma_block.cuh"
 
 namespace intfa {
-
-// --- shape of a block ---------------------------------------------------------------------------------------
-
-constexpr int kStages = STAGES;
-constexpr int kConsumers = 2;             // warpgroups that compute
-constexpr int kGroupRows = 64;            // query rows of each
-constexpr int kBlockRows = kConsumers * kGroupRows;
-constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kProducerRegisters = 24;
-constexpr int kQueryLoaders = 64;         // threads that copy Q
-constexpr int kConsumerRegisters = 240;   // 128 * (24 + 2 * 240) of the SM's 65536
-// The exponentials run in blocks of 16 keys; a block starts after the probabilities of the one kChain before are
-// packed. Left to itself the compiler puts all exponentials in one run, and all packing behind it.
-constexpr int kChain = 3;
-// Whether the warpgroups take turns at the exponentials. It pays where the products run beside them.
-constexpr bool kTurns = PIPELINED;
-
-// Scores stay integers until the exponent when one scale covers all keys of a thread; else they become floats first.
-constexpr bool kRaw = K_SCALE == kScaleGroup;
-constexpr bool kFolded = V_FOLDED;
-constexpr bool kTileMax = P_TILE_MAX;
-static_assert(K_SCALE == kScaleGroup || K_SCALE == kScaleToken, "K scale per token or per group");
-static_assert(!kFolded || K_SCALE == kScaleToken, "folded V goes with token scales of K");
-static_assert(DP == 64 || DP == 128 || DP == 256, "head dimension is padded to 64, 128 or 256");
-
-constexpr float kLevels = P_LEVELS;
-static_assert(P_LEVELS == 255 || P_LEVELS == 127, "LEVELS");
-// P is worked out in units of 2^-24; see round2. The exponent of a row's largest:
-constexpr float kUnit = 0x1p-24f;
-constexpr float kLargest = (P_LEVELS == 255 ? 7.99435343685886f : 6.98868468677217f) - 24.0f;
-
-constexpr int kTileBytes = kTileKeys * DP;             // of K and of V
-constexpr int kQueryBytes = kBlockRows * DP;
-constexpr int kScaleBytes = kRaw ? 16 : 4 * kTileKeys;
-constexpr int kAuxBytes = kScaleBytes + (kFolded ? 8 * kTileKeys : 0);
-
-constexpr int kRowBytes = DP == 64 ? 64 : 128;         // of a swizzled row of Q or K
-constexpr unsigned kScoreHigh = descriptor_high(kRowBytes);
-constexpr unsigned kValueHigh = descriptor_high(128);
-
-// A hidden score, as it stands in the array: below every real one. An integer, a float before the scale of its row
-// (not infinite: that scale may be 0), or with folded V an exponent.
-constexpr int kHidden = kRaw ? -(1 << 30) : kFolded ? static_cast<int>(0xff800000u) : static_cast<int>(0xff7fffffu);
-
-constexpr int kRecordBytes = 16 * kConsumers + 32;
-constexpr int kItemSlots = 4;  // a record is read until the item's output is written, one item later; the producers
-                               // are at most two items ahead of that
-
-struct SharedMap {
-    unsigned query, key, value, aux, query_scale, value_scale, item, barriers;
-    __device__ __forceinline__ explicit SharedMap(unsigned base)
-        : query(base),
-          key(query + 2 * kQueryBytes),
-          value(key + kStages * kTileBytes),
-          aux(value + kStages * kTileBytes),
-          query_scale(aux + kStages * kAuxBytes),
-          value_scale(query_scale + 2 * kBlockRows * 4),
-          item(value_scale + kItemSlots * DP * 4),
-          barriers(item + kItemSlots * kRecordBytes) {}
-    __device__ __forceinline__ unsigned key_full(int stage) const { return barriers + 8 * stage; }
-    __device__ __forceinline__ unsigned key_empty(int stage) const { return barriers + 8 * (kStages + stage); }
-    __device__ __forceinline__ unsigned value_full(int stage) const { return barriers + 8 * (2 * kStages + stage); }
-    __device__ __forceinline__ unsigned value_empty(int stage) const { return barriers + 8 * (3 * kStages + stage); }
-    __device__ __forceinline__ unsigned query_full(int buffer) const { return barriers + 8 * (4 * kStages + buffer); }
-    __device__ __forceinline__ unsigned query_empty(int buffer) const {
-        return barriers + 8 * (4 * kStages + 2 + buffer);
-    }
-    __device__ __forceinline__ unsigned record_full(int buffer) const {
-        return barriers + 8 * (4 * kStages + 4 + buffer);
-    }
-    __device__ __forceinline__ unsigned record(int round) const { return item + round % kItemSlots * kRecordBytes; }
-};
-
-// --- items: (batch, head, block of 128 rows), dealt to the blocks of the grid -------------------------------
-
-struct Item {
-    int head;     // b * H + h
-    int kv_head;  // b * Hkv + h / group
-    int row;      // first query row
-};
-
-// Item of this block in its round-th turn; false when there is none. Under a causal mask the long rows come first,
-// and the deal goes back and forth over the blocks, which evens out their sums.
-__device__ __forceinline__ bool find_item(const AttentionParams& p, int round, Item& item) {
-    const int all_heads = p.batches * p.heads;
-    const int turn = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const int index = round * static_cast<int>(gridDim.x) + turn;
-    if (index >= all_heads * p.row_blocks) return false;
-    int block;
-    if (p.right != kUnbounded) {
-        block = p.row_blocks - 1 - index / all_heads;
-        item.head = index % all_heads;
-    } else {
-        item.head = index / p.row_blocks;
-        block = index % p.row_blocks;
-    }
-    const int b = item.head / p.heads;
-    item.kv_head = b * p.kv_heads + (item.head - b * p.heads) / (p.heads / p.kv_heads);
-    item.row = block * kBlockRows;
-    return true;
-}
-
-// Tiles of an item, never none: a block that sees no key takes one hidden tile, so that it writes its rows.
-__device__ __forceinline__ void item_tiles(const AttentionParams& p, const Item& item, int& begin, int& end) {
-    const int last = item.row + kBlockRows < p.queries ? item.row + kBlockRows : p.queries;
-    const BlockRange range = block_range(p, item.row, last);
-    begin = range.tile_begin < p.tiles ? range.tile_begin : p.tiles - 1;
-    end = range.tile_end > begin ? range.tile_end : begin + 1;
-}
-
-// What the other warps need to know of an item, written by one thread of the producing warpgroup, so that the index
-// arithmetic costs the consumers nothing. In shared memory: for each warpgroup the 16 bytes
-//     {first tile, end of its tiles, first and end of the tiles that need no mask}      (end = 0: no item is left)
-// then {first query row, b * H + h, b * Hkv + h / group, b} and the guard.
-constexpr int kRecordItem = 16 * kConsumers;
-constexpr int kRecordGuard = kRecordItem + 16;
-
-__device__ __forceinline__ void produce_records(const AttentionParams& p, const SharedMap& map) {
-    for (int round = 0;; ++round) {
-        const int buffer = round & 1;
-        barrier_wait(map.query_empty(buffer), (round >> 1 & 1) ^ 1);
-        const unsigned record = map.record(round);
-        Item item = {0, 0, 0};
-        const bool more = find_item(p, round, item);
-        int begin = 0, end = 0;
-        if (more) {
-            store_int4(record + kRecordItem, item.row, item.head, item.kv_head, item.head / p.heads);
-            store_float(record + kRecordGuard, p.guard[item.kv_head]);
-            item_tiles(p, item, begin, end);
-        }
-#pragma unroll 1
-        for (int g = 0; g < kConsumers; ++g) {
-            const int row = item.row + g * kGroupRows;
-            const int plain_begin = (visible_keys(p, row + kGroupRows - 1).begin + kTileKeys - 1) / kTileKeys;
-            store_int4(record + 16 * g, begin, end, plain_begin, visible_keys(p, row).end / kTileKeys);
-        }
-        barrier_arrive(map.record_full(buffer));
-        if (!more) return;
-    }
-}
-
-struct Ring {
-    int stage = 0;
-    unsigned phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
-
-// --- producers ----------------------------------------------------------------------------------------------
-
-// Tiles of K and V, in the order in which the consumers take them; which ones, the records say.
-__device__ __forceinline__ void produce_tiles(const AttentionParams& p, const SharedMap& map) {
-    Ring ring;
-    for (int round = 0;; ++round) {
-        barrier_wait(map.record_full(round & 1), round >> 1 & 1);
-        const int4 tiles = load_int4(map.record(round));
-        if (tiles.y == 0) return;
-        const int kv_head = load_int4(map.record(round) + kRecordItem).z;
-        long long tile = static_cast<long long>(kv_head) * p.tiles + tiles.x;
-        int count = tiles.y - tiles.x;
-#pragma unroll 1
-        for (; count > 0; --count, ++tile) {
-            const unsigned key_full = map.key_full(ring.stage);
-            barrier_wait(map.key_empty(ring.stage), ring.phase ^ 1);
-            barrier_expect(key_full, kTileBytes + kAuxBytes);
-            bulk_copy(map.key + ring.stage * kTileBytes, p.k + tile * kTileBytes, kTileBytes, key_full);
-            const unsigned aux = map.aux + ring.stage * kAuxBytes;
-            bulk_copy(aux, p.k_scale + tile * (kScaleBytes / 4), kScaleBytes, key_full);
-            if (kFolded) bulk_copy(aux + kScaleBytes, p.v_fold + tile * (2 * kTileKeys), 8 * kTileKeys, key_full);
-            const unsigned value_full = map.value_full(ring.stage);
-            barrier_wait(map.value_empty(ring.stage), ring.phase ^ 1);
-            barrier_expect(value_full, kTileBytes);
-            bulk_copy(map.value + ring.stage * kTileBytes, static_cast<const signed char*>(p.v) + tile * kTileBytes,
-                      kTileBytes, value_full);
-            ring.advance();
-        }
-    }
-}
-
-// Where the c-th 16 bytes of a block's rows of Q lie in shared memory.
-__device__ __forceinline__ unsigned query_offset(int c) {
-    const int row = c / (DP / 16);
-    const int chunk = c % (DP / 16);
-    const int r = row % kGroupRows;
-    const unsigned offset = (row / kGroupRows) * (kGroupRows * DP) + r * kRowBytes;
-    if (DP == 64) return offset + ((chunk ^ (r >> 1 & 3)) << 4);
-    return offset + (chunk / 8) * (kGroupRows * 128) + ((chunk % 8 ^ (r & 7)) << 4);
-}
-
-// Negates 16 bytes of shared memory; none is -128.
-__device__ __forceinline__ void negate16(unsigned address) {
-    const int4 x = load_int4(address);
-    store_int4(address, __vneg4(x.x), __vneg4(x.y), __vneg4(x.z), __vneg4(x.w));
-}
-
-// Q, its scales and those of V. Rows beyond Sq become zeros.
-__device__ __forceinline__ void produce_queries(const AttentionParams& p, const SharedMap& map, int thread) {
-    constexpr int chunks = DP / 16;  // 16-byte chunks of a row
-    for (int round = 0;; ++round) {
-        const int buffer = round & 1;
-        barrier_wait(map.record_full(buffer), round >> 1 & 1);
-        if (load_int4(map.record(round)).y == 0) {
-            barrier_arrive(map.query_full(buffer));
-            return;
-        }
-        const int4 item = load_int4(map.record(round) + kRecordItem);  // row, head, kv_head, batch
-        const long long first = static_cast<long long>(item.y) * p.queries + item.x;
-        const signed char* source = p.q + first * DP;
-        const unsigned target = map.query + buffer * kQueryBytes;
-        const int rows = p.queries - item.x;
-#pragma unroll 1
-        for (int c = thread; c < kBlockRows * chunks; c += kQueryLoaders) {
-            const bool inside = c / chunks < rows;
-            copy16_async(target + query_offset(c), inside ? source + c * 16 : p.q, inside);
-        }
-        const unsigned scales = map.query_scale + buffer * kBlockRows * 4;
-#pragma unroll 1
-        for (int row = thread; row < kBlockRows; row += kQueryLoaders) {
-            const bool inside = row < rows;
-            copy4_async(scales + row * 4, inside ? p.q_scale + first + row : p.q_scale, inside);
-        }
-        const float* v_scale = p.v_scale + static_cast<long long>(item.z) * DP;
-#pragma unroll 1
-        for (int channel = thread; channel < DP; channel += kQueryLoaders)
-            copy4_async(map.value_scale + (round % kItemSlots * DP + channel) * 4, v_scale + channel, true);
-        copies_wait();
-        if (p.scale_log2 < 0.0f) {  // a negative softmax scale goes into Q, so that larger scores weigh more
-#pragma unroll 1
-            for (int c = thread; c < kBlockRows * chunks; c += kQueryLoaders) negate16(target + query_offset(c));
-        }
-        shared_store_fence();
-        barrier_arrive(map.query_full(buffer));
-    }
-}
 
 // --- small arithmetic ---------------------------------------------------------------------------------------
 
@@ -385,7 +139,7 @@ struct Place {
 struct Consumer {
     const AttentionParams& p;
     const SharedMap& map;
-    int group;         // 0 or 1
+    int group;         // warpgroup, from 0
     int lane;
     int row_in_block;  // first of the thread's two rows; the other is 8 below
     int quad;          // lane within a row
@@ -441,6 +195,12 @@ struct Consumer {
         }
     }
 
+    // Half of an array of scores: the accumulator of 64 columns.
+    template <int which>
+    static __device__ __forceinline__ int (&half(int (&s)[64]))[32] {
+        return reinterpret_cast<int(&)[32]>(s[32 * which]);
+    }
+
     // S = Q K^T of the cursor's tile. Past the last item the product repeats old data, so that the code has one path.
     __device__ __forceinline__ void issue_scores(int (&s)[64]) const {
         const unsigned a = query_low + (at.round & 1) * (kQueryBytes >> 4);
@@ -451,7 +211,12 @@ struct Consumer {
             const unsigned step = k % 4 * kDescriptorStep32;
             const unsigned long long da = descriptor(a + k / 4 * (kGroupRows * 128 >> 4) + step, kScoreHigh);
             const unsigned long long db = descriptor(b + k / 4 * (kTileKeys * 128 >> 4) + step, kScoreHigh);
-            wgmma_s8s8(s, da, db, k > 0);
+            if (kHalves) {  // or the compiler would not use half of the array for something else
+                wgmma_s8s8(half<0>(s), da, db, k > 0);
+                wgmma_s8s8(half<1>(s), da, descriptor(b + (64 * kRowBytes >> 4) + step, kScoreHigh), k > 0);
+            } else {
+                wgmma_s8s8(s, da, db, k > 0);
+            }
         }
         wgmma_commit();
     }
@@ -884,29 +649,22 @@ struct Consumer {
             if (__builtin_expect(here.first, 0)) begin_item(scale);
             second_half(s, here, phase, scale, m);
             const bool key_ready = next_key_ready();
-            if (DP == 64) {
-                int product[32];
-#pragma unroll
-                for (int i = 0; i < 32; ++i) product[i] = 0;
-                issue_values(product, here.stage, 0);
-                advance(here.last);
-                wait_key(key_ready);
-                issue_scores(s);
-                wgmma_wait<1>(product, prob);
-                arrive(map.value_empty(here.stage));
-                add_product(product, 0);
+            if constexpr (kHalves) {
+                issue_values(half<1>(s), here.stage, 0);
+                wgmma_wait<0>(half<1>(s), prob);
+                add_product(half<1>(s), 0);
             } else {
 #pragma unroll
                 for (int channel = 0; channel < DP; channel += 128) {
                     issue_values(s, here.stage, channel);
                     wgmma_wait<0>(s, prob);
-                    if (channel + 128 == DP) arrive(map.value_empty(here.stage));
                     add_product(s, channel / 2);
                 }
-                advance(here.last);
-                wait_key(key_ready);
-                issue_scores(s);
             }
+            arrive(map.value_empty(here.stage));
+            advance(here.last);
+            wait_key(key_ready);
+            issue_scores(s);
             if (__builtin_expect(here.last, 0)) finish_item(here.round);
         }
     }

@@ -91,7 +91,15 @@ __device__ __forceinline__ void wgmma_u8s8(int (&acc)[64], const unsigned* a, un
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 
-// 64 columns.
+// The two with 64 columns.
+__device__ __forceinline__ void wgmma_s8s8(int (&acc)[32], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" INTFA_D32 "}, %32, %33, add;\n}"
+        : INTFA_R32(acc, 0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
 __device__ __forceinline__ void wgmma_u8s8(int (&acc)[32], const unsigned* a, unsigned long long b, bool add) {
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"

@@ -207,22 +207,29 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
         yield f"V in {recipe.v_format} (has int8)"
     if recipe.folded_v and recipe.k_granularity != "token":
         yield f"folded V with K's scale per {recipe.k_granularity} (has token)"
+    if recipe.p_levels not in (127, 255):
+        yield f"{recipe.p_levels} levels of P (has 255, 127)"
 
 
 def _wgmma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
-    stages = {64: 8, 128: 5, 256: 2}[Dp]
+    # The map of attention_wgmma.cu. With a K scale per token its products run beside no other work of their warps, and
+    # a third warpgroup fills the gaps, where the registers are enough for it.
     group = recipe.k_granularity == "group"
+    stages, consumers = {64: 8, 128: 5, 256: 2}[Dp], 3 if Dp == 64 and not group else 2
+    rows = 64 * consumers
     aux = (16 if group else 4 * TILE) + (8 * TILE if recipe.folded_v else 0)
-    shared = 256 * Dp * (1 + stages) + stages * aux + 1024 + 16 * Dp + 256 + 8 * (4 * stages + 6)
+    shared = 2 * rows * (Dp + 4) + stages * (2 * TILE * Dp + aux) + 16 * Dp + 4 * (16 * consumers + 32)
+    shared += 8 * (4 * stages + 6)
     macros = {
         "DP": Dp,
         "K_SCALE": K_SCALES[recipe.k_granularity],
         "V_FOLDED": int(recipe.folded_v),
         "P_TILE_MAX": int(recipe.p_max == "tile"),
         "P_LEVELS": recipe.p_levels,
+        "CONSUMERS": consumers,
         "STAGES": stages,
     }
-    return [Tile("wgmma", 128, 384, shared, tuple(macros.items()), persistent=True)]
+    return [Tile("wgmma", rows, 128 * (1 + consumers), shared, tuple(macros.items()), persistent=True)]
 
 
 # --- mma ----------------------------------------------------------------------------------------------------
@@ -254,10 +261,12 @@ def _mma_options(recipe: Recipe, Dp: int) -> list[_Mma]:
         return [_Mma(beside=2 if folded else 4, query_in_registers=not folded, min_blocks=3)]
     if Dp == 128:
         if fp8:
-            return [_Mma(k_buffers=1, query_in_registers=False, fence=3, min_blocks=2)]
+            return [_Mma(k_buffers=1, query_in_registers=False, min_blocks=2)]
         return [_Mma(min_blocks=2), _Mma(k_buffers=1, min_blocks=2)]
-    fence = 3 if floating and recipe.k_granularity != "channel" else 2 if recipe.integer_p and not floating else 0
-    return [_Mma(k_buffers=1, beside=0, fence=fence, query_in_registers=False)]
+    # Registers are so short that small things decide; these were found by trying (tests/test_compile_matrix.py).
+    stash = 0 if (recipe.folded_v and recipe.q_format == "int8") or recipe.v_format == "fp16" else 4
+    fence = 3 if floating and recipe.k_granularity != "channel" else 2
+    return [_Mma(k_buffers=1, beside=0, fence=fence, query_in_registers=False, stash=stash)]
 
 
 _INTEGERS = ("int8", "int4")
