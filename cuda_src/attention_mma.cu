@@ -21,14 +21,16 @@
 // Within a tile a warp takes the maxima beside Q K^T, fragment by fragment, and P V beside the exponentials, 32 keys at
 // a time. The rest of the waiting is left to the other warps of the SM: more warps beat more work per warp.
 //
-// The warps of a block share tiles of K and V, which arrive by cp.async as they lie in global memory: the quantiser
-// swizzled them for conflict-free ldmatrix. Three schedules, by the numbers of buffers:
-//     K 2, V 2   one barrier per tile
-//     K 2, V 1   two barriers: V of tile t arrives during Q K^T of tile t
-//     K 1, V 1   three barriers, the least memory: K of tile t+1 arrives during the softmax and P V
+// The warps of a block share tiles of K and V, which arrive as they lie in global memory: the quantiser swizzled them
+// for conflict-free ldmatrix. All threads copy by cp.async, 16 bytes each at a time; from sm_90 on one thread has whole
+// tiles copied, and what a tile's arrival needs of a block barrier is left to a barrier in shared memory. Three
+// schedules, by the numbers of buffers:
+//     K 2, V 2   one block barrier per tile
+//     K 2, V 1   two (whole tiles: one): V of tile t arrives during Q K^T of tile t
+//     K 1, V 1   three (two), the least memory: K of tile t+1 arrives during the softmax and P V
 //
 // Shared memory (dynamic, SMEM bytes): K buffers, V buffers, two buffers of scales, Q if it does not stay in registers,
-// and what the loop seldom needs.
+// scores and scales of Q's groups for which there are no registers, what the loop seldom needs, barriers.
 //
 // Formats. Q: plain rows of Dp elements. K: tiles of 128 keys, rows of Dp elements in slabs of up to 128 bytes,
 // swizzled. V: 8-bit: transposed tiles, swizzled; 16-bit: plain rows of Dp elements. 4-bit rows: byte c of each 16

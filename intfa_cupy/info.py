@@ -88,6 +88,6 @@ def report(document: dict[str, Any], found: Probe) -> list[tuple[str, list[tuple
             ],
         ),
         ("Compiler", compiler),
-        ("Recorded on a GPU", list(document["recorded"].items())),
+        ("Recorded runs", list(document["recorded"].items())),
         ("Packages", [("python", f"{found.python} on {found.platform}"), *document["packages"].items()]),
     ]

@@ -212,8 +212,8 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
 
 
 def _wgmma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
-    # The map of attention_wgmma.cu. With a K scale per token its products run beside no other work of their warps, and
-    # a third warpgroup fills the gaps, where the registers are enough for it.
+    # The map of attention_wgmma.cu. With a K scale per token the products run beside no other work of their
+    # warps, and a third warpgroup fills the gaps, where the registers are enough for it.
     group = recipe.k_granularity == "group"
     stages, consumers = {64: 8, 128: 5, 256: 2}[Dp], 3 if Dp == 64 and not group else 2
     rows = 64 * consumers
@@ -263,7 +263,7 @@ def _mma_options(recipe: Recipe, Dp: int) -> list[_Mma]:
         if fp8:
             return [_Mma(k_buffers=1, query_in_registers=False, min_blocks=2)]
         return [_Mma(min_blocks=2), _Mma(k_buffers=1, min_blocks=2)]
-    # Registers are so short that small things decide; these were found by trying (tests/test_compile_matrix.py).
+    # Registers are so short that small things decide; these were found by trying (test_compile_matrix.py).
     stash = 0 if (recipe.folded_v and recipe.q_format == "int8") or recipe.v_format == "fp16" else 4
     fence = 3 if floating and recipe.k_granularity != "channel" else 2
     return [_Mma(k_buffers=1, beside=0, fence=fence, query_in_registers=False, stash=stash)]
@@ -312,7 +312,8 @@ def _mma_tile(recipe: Recipe, Dp: int, option: _Mma) -> Tile:
 def _mma_missing(recipe: Recipe, device: Device) -> Iterator[str]:
     fp8 = [fmt for fmt in dict.fromkeys((recipe.k_format, recipe.v_format)) if fmt in _FP8]
     if fp8 and device.capability < 89:
-        yield f"{' and '.join(fp8)} (needs compute capability 8.9; {device.name} has {device.capability / 10:.1f})"
+        has = f"{device.name} has {device.capability / 10:.1f}"
+        yield f"{' and '.join(fp8)} (needs compute capability 8.9; {has})"
     if recipe.q_granularity == "channel" and recipe.k_granularity != "channel":
         yield f"Q's scale per channel group with K's per {recipe.k_granularity} (has both)"
     if not recipe.integer_p and recipe.p_max != "running":

@@ -38,10 +38,11 @@ class Rounding:
     score_units: float = 0.0
 
 
-#: The WMMA kernel rounds P from a float32 exponential. The others round it from a float16 one, which is off
-#: by up to 2**-12, and so by 255 / 4096 of a count: one P in twenty comes out as its neighbour.
-#: Where K's scale is shared, mma has 12582912 + score as a float of the tensor cores, and one FMA with
-#: -12582912 times the scale, rounded down, gives the exponent: up to a unit in the last place of that product too little.
+#: The WMMA kernel rounds P from a float32 exponential. mma rounds it from a float16 one, which is off by up
+#: to 2**-12, and so by 255 / 4096 of a count: one P in twenty comes out as its neighbour. The Hopper kernel
+#: is held to the same bound, though its P is rounded once.
+#: Where K's scale is shared, mma has 12582912 + score as a float of the tensor cores, and one FMA takes
+#: 12582912 times the scale away again, rounded down: up to a unit in the last place of that product.
 ROUNDING = {
     "wmma": Rounding(),
     "mma": Rounding(counts=0.51 + 255 / 4096, floating_sum=True, same_rows=0.0, score_units=1.5),

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +33,10 @@ ALL_RECIPES_ON = ("sm_75", "sm_80", "sm_90a", "sm_120")
 # Formats that only the mma kernel has, on those architectures too.
 FORMATS = ("int4", "k4", "fp16", "fp8-e4m3")
 R = intfa.recipes()
-# Spilled bytes (stores and loads) still to be removed: on sm_80 to sm_89 and sm_100 16 to 24 of int8-fast, on all
-# of int4, on sm_120 of k4, all at d = 256. All others have none.
+# Where the variants for unmasked problems and plain outputs are compiled too.
+UNMASKED_ON = ("sm_80", "sm_90a")
+# Spilled bytes (stores and loads) still to be removed, all at d = 256: int8-fast on sm_80 to sm_89 and
+# sm_100, int4, and k4 on sm_120. None of the others here has any.
 KNOWN_SPILLS = {
     "attention_mma int8-fast d=256": 24,
     "attention_mma int4 d=256": 168,
@@ -70,6 +72,9 @@ def attention_jobs(kernel: str) -> Iterator[Job]:
                 Dp = defines.get("INTFA_DP", defines.get("DP"))
                 label = f"{name} d={Dp} {tile.rows} rows {tile.shared_memory:,} B"
                 yield Job(tile.entry, arch, label, tuple(defines.items()))
+                if tile.specializes and name in RECIPES[:2] and arch in UNMASKED_ON:
+                    plain = replace(tile, masked=False).defines("float16", pairs=True)
+                    yield Job(tile.entry, arch, f"{label} unmasked", tuple(plain.items()))
 
 
 def quantizer_jobs() -> Iterator[Job]:

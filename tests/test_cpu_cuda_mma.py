@@ -1,4 +1,4 @@
-"""attention_mma.cu itself on the host shim against the NumPy model, with the tensor cores' instructions spelled out.
+"""attention_mma.cu itself on the host shim against the NumPy model, tensor cores and all.
 
 `cpu_cuda/include/mma.cuh` stands in for the kernel's header of inline PTX; everything else is the kernel. The
 shim reports races, uninitialised reads and accesses out of bounds.
@@ -58,7 +58,7 @@ class Variant:
         return f"{name}-{self.Dp}{'-bulk' * self.bulk}{'-unmasked' * (not self.tile.masked)}"
 
     def request(self) -> dict[str, Any]:
-        """Arguments of `cpu_cuda.build`. The source as text finds the shim's mma.cuh and not its neighbour."""
+        """Arguments of `cpu_cuda.build`. Source given as text finds the shim's mma.cuh, not its neighbour."""
         text = (source_dir() / f"{self.tile.entry}.cu").read_text()
         bulk = "#define CPU_CUDA_BULK\n" if self.bulk else ""
         request = hk.attention_request(self.tile, self.out_dtype, bulk + text)
@@ -97,7 +97,8 @@ class _Module:
         self.module = module
 
     def launch(self, *args: Any) -> int:
-        return self.module.launch(*args, check_races=False)
+        entry, grid, block, arguments, smem, order = args
+        return self.module.launch(entry, grid, block, arguments, smem, order, check_races=False)
 
 
 @functools.cache

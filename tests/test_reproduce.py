@@ -265,6 +265,11 @@ def run(*args: object) -> Any:
     return CliRunner().invoke(app, ["reproduce", *(str(a) for a in args)])
 
 
+def flat(text: str) -> str:
+    """The text without line breaks, which depend on the width of the terminal."""
+    return " ".join(text.split())
+
+
 def test_tables_from_the_command_line(no_gpu: None, tmp_path: Path) -> None:
     document, picture = tmp_path / "r.json", tmp_path / "r.png"
     small = ("--length", 1024, "--seeds", 1, "--heads", 1)
@@ -280,7 +285,7 @@ def test_tables_from_the_command_line(no_gpu: None, tmp_path: Path) -> None:
         if entry["scale"] == table["nearest"]["scale"]:
             figure = entry["seeds"][0][table["nearest"]["metric"]]
             assert float(rows[entry["recipe"]][1]) == pytest.approx(100 * figure, rel=6e-3)
-    assert any(f"Claim: {verdict}." in result.stdout.replace("\n", " ") for verdict in table["verdicts"])
+    assert any(f"Claim: {verdict}." in flat(result.stdout) for verdict in table["verdicts"])
     assert (tmp_path / "r_tables.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "r_speed.png").exists() and not picture.exists()
 
@@ -299,13 +304,12 @@ def test_without_a_gpu_speed_shows_what_was_recorded(
     document = timed().as_dict()
     monkeypatch.setattr(records, "load", lambda name: document if name == "speed" else None)
     result = run("speed", "--plot", picture)
-    assert (
-        "A recorded run, not of this machine: Made-up GPU, 2026-01-01, of OTHER kernel sources"
-        in result.stdout
+    assert "A recorded run, not of this machine: Made-up GPU, 2026-01-01, of OTHER kernel sources" in flat(
+        result.stdout
     )
     assert "int8-fast (wgmma)" in result.stdout and (tmp_path / "r_speed.png").exists()
     document["machine"]["kernel_sources"] = jit.strip_comments_fingerprint()
-    assert "Made-up GPU, 2026-01-01, of these kernel sources" in run("speed", "--no-plot").stdout
+    assert "Made-up GPU, 2026-01-01, of these kernel sources" in flat(run("speed", "--no-plot").stdout)
 
     as_json = run("speed", "--no-plot", "--json", "-")
     assert json.loads(as_json.stdout)["speed"]["recorded"] is True
