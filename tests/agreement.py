@@ -10,6 +10,7 @@ import strategies as sts
 
 from intfa_cupy import QuantizedQKV, model
 from intfa_cupy.problem import Problem
+from intfa_cupy.quantize import HeadStatistics
 
 # Half a unit in the last place of an output, relative, and among the subnormals.
 EPS = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -48,6 +49,15 @@ ROUNDING = {
     "mma": Rounding(counts=0.51 + 255 / 4096, floating_sum=True, same_rows=0.0, score_units=1.5),
     "wgmma": Rounding(counts=0.51 + 255 / 4096, same_rows=0.0),
 }
+
+
+def statistics_of(qkv: QuantizedQKV) -> dict[tuple[int, int], HeadStatistics]:
+    """What the kernels found for each key/value head."""
+    made = qkv.extra["operands"]
+    B, Hkv, _, D = qkv.k.shape
+    mean = made["k_mean"].get() if "k_mean" in made else np.zeros((B, Hkv, D), np.float32)
+    factor = made["equalizer"].get()[:, :, 0] if "equalizer" in made else np.ones((B, Hkv, D), np.float32)
+    return {(b, h): HeadStatistics(mean[b, h, :D], factor[b, h, :D]) for b in range(B) for h in range(Hkv)}
 
 
 def check_against_model(

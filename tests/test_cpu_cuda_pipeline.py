@@ -15,7 +15,7 @@ import fake_cupy
 import numpy as np
 import pytest
 import strategies as sts
-from agreement import Rounding, check_against_model
+from agreement import Rounding, check_against_model, statistics_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import FP8, fp8_edges, unscaled
@@ -23,7 +23,7 @@ from rounding import FP8, fp8_edges, unscaled
 import intfa_cupy as intfa
 from intfa_cupy import QuantizedQKV, QuantizedTensor, Recipe, dispatch, gpu, model, packing
 from intfa_cupy.gpu import transfer
-from intfa_cupy.quantize import HeadStatistics, head_statistics, quantize_numpy
+from intfa_cupy.quantize import head_statistics, quantize_numpy
 
 pytestmark = pytest.mark.skipif(cpu_cuda.unavailable() is not None, reason=str(cpu_cuda.unavailable()))
 
@@ -110,15 +110,6 @@ def quantize_both_orders(case: sts.Case, variant: Variant, inputs: sts.Arrays) -
     for name in first:
         assert first[name].tobytes() == second[name].tobytes(), f"{name} depends on the order of warps"
     return runs[0]
-
-
-def statistics_of(qkv: QuantizedQKV) -> dict[tuple[int, int], HeadStatistics]:
-    """What the kernels found for each key/value head."""
-    made = qkv.extra["operands"]
-    B, Hkv, _, D = qkv.k.shape
-    mean = made["k_mean"].get() if "k_mean" in made else np.zeros((B, Hkv, D), np.float32)
-    factor = made["equalizer"].get()[:, :, 0] if "equalizer" in made else np.ones((B, Hkv, D), np.float32)
-    return {(b, h): HeadStatistics(mean[b, h, :D], factor[b, h, :D]) for b in range(B) for h in range(Hkv)}
 
 
 def as_numbers(t: QuantizedTensor) -> np.ndarray:

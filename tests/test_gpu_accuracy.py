@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import strategies as sts
 from agreement import ROUNDING, check_against_model
-from test_gpu_attention import KERNELS
+from test_gpu_attention import KERNELS, quantize_and_attend
 from test_gpu_quantize import to_device
 
 import intfa_cupy as intfa
-from intfa_cupy import Recipe, dispatch, packing
+from intfa_cupy import Recipe, dispatch
 
 pytestmark = pytest.mark.gpu
 R = intfa.recipes()
@@ -50,14 +50,7 @@ def test_error_on_normal_data_is_the_models(recipe: str, bar: float, D: int, ker
 def test_sums_over_more_than_66_000_keys(recipe: str, kernel: str) -> None:
     """Products of one tile fit in int32; those of all tiles would not: 255 * 127 * 66,313 is 2^31."""
     case = sts.Case(H=1, Hkv=1, Sq=40, Sk=140_001, D=64, distribution="positive_values", scale=1e-3)
-    x = [to_device(a) for a in case.logical()]
-    try:
-        qkv = packing.to_host(intfa.quantize_qkv(*x, recipe=recipe, backend=kernel))
-    except dispatch.UnsupportedError as error:
-        pytest.skip(str(error))
-    out, lse = (
-        y.get() for y in intfa.attention(*x, recipe=recipe, backend=kernel, scale=1e-3, return_lse=True)
-    )
+    qkv, out, lse = quantize_and_attend(case, R[recipe], kernel)
     check_against_model(qkv, case, case.problem(R[recipe]), out, lse, ROUNDING[kernel])
     exact = intfa.reference_attention(*case.logical(), scale=1e-3)
     assert intfa.error_report(out, exact).relative_l2 < 0.005
@@ -71,15 +64,8 @@ def test_sums_over_more_than_66_000_keys(recipe: str, kernel: str) -> None:
 def test_maximum_that_outgrows_its_reference(D: int, recipe: Recipe, kernel: str) -> None:
     """Sums are kept relative to an early maximum; scores that rise by hundreds move it, tile after tile."""
     case = sts.Case(H=2, Hkv=1, Sq=200, Sk=1500, D=D, distribution="rising", scale=4.0)
-    x = [to_device(a) for a in case.logical()]
-    try:
-        qkv = packing.to_host(intfa.quantize_qkv(*x, recipe=recipe, backend=kernel))
-    except dispatch.UnsupportedError as error:
-        pytest.skip(str(error))
-    out, lse = (
-        y.get() for y in intfa.attention(*x, recipe=recipe, backend=kernel, scale=4.0, return_lse=True)
-    )
-    assert np.ptp(lse) >= 0 and np.isfinite(out).all()
+    qkv, out, lse = quantize_and_attend(case, recipe, kernel)
+    assert np.isfinite(lse).all() and np.isfinite(out).all()
     check_against_model(qkv, case, case.problem(recipe), out, lse, ROUNDING[kernel])
 
 
@@ -88,9 +74,13 @@ def test_values_at_the_end_of_float16_do_not_become_infinite(kernel: str) -> Non
     """A rounded P can carry an output past the largest V; in float16 it saturates, as in the model."""
     case = sts.Case(H=2, Hkv=2, Sq=150, Sk=300, D=64, dtype="float16", distribution="huge")
     x = [to_device(a) for a in case.logical()]
+    tried = 0
     for recipe in ("int8", "int8-fast", "half-int8"):
         try:
             out = intfa.attention(*x, recipe=recipe, backend=kernel).get()
         except dispatch.UnsupportedError:
             continue
+        tried += 1
         assert np.isfinite(out).all(), recipe
+    if not tried:
+        pytest.skip(f"{kernel} serves none of them here")

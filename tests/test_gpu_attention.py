@@ -157,6 +157,20 @@ def test_more_than_two_to_the_31_elements(kernel: str) -> None:
     np.testing.assert_array_equal(out[-1, -1].get(), expected[0, 0].get())
 
 
+def quantize_and_attend(
+    case: sts.Case, recipe: Recipe, kernel: str
+) -> tuple[intfa.QuantizedQKV, np.ndarray, np.ndarray]:
+    """What a kernel was given, brought to the host, and what it made of it; skips what it does not serve."""
+    x = [to_device(a) for a in case.logical()]
+    call: dict[str, Any] = {"recipe": recipe, "backend": kernel}
+    try:
+        qkv = packing.to_host(intfa.quantize_qkv(*x, **call))
+    except dispatch.UnsupportedError as error:
+        pytest.skip(str(error))
+    out, lse = intfa.attention(*x, **call, **case.call, return_lse=True)
+    return qkv, out.get(), lse.get()
+
+
 @cache
 def many_heads(Sk: int, D: int) -> list[Any]:
     """q, k, v of 528 blocks of 128 rows: four for each multiprocessor of the largest GPU so far."""
@@ -196,13 +210,7 @@ def test_a_head_does_not_depend_on_those_beside_it(
 def test_scale_that_is_not_positive(recipe: str, D: int, scale: float, kernel: str) -> None:
     """The largest exponent is then not the largest score's, and a hidden score times 0 must stay hidden."""
     case = sts.Case(H=4, Hkv=2, Sq=200, Sk=300, D=D, dtype="float16", is_causal=True, scale=scale)
-    x = [to_device(a) for a in case.logical()]
-    call: dict[str, Any] = {"recipe": recipe, "backend": kernel}
-    try:
-        qkv = packing.to_host(intfa.quantize_qkv(*x, **call))
-    except dispatch.UnsupportedError as error:
-        pytest.skip(str(error))
-    out, lse = (y.get() for y in intfa.attention(*x, **call, **case.call, return_lse=True))
+    qkv, out, lse = quantize_and_attend(case, R[recipe], kernel)
     check_against_model(qkv, case, case.problem(R[recipe]), out, lse, ROUNDING[kernel])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import strategies as sts
+from agreement import statistics_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import FP8, fp8_edges, unscaled
@@ -15,7 +16,7 @@ from rounding import FP8, fp8_edges, unscaled
 import intfa_cupy as intfa
 from intfa_cupy import QuantizedQKV, Recipe, dispatch, gpu, model, packing
 from intfa_cupy.problem import Problem, shape_of_qkv
-from intfa_cupy.quantize import HeadStatistics, quantize_numpy
+from intfa_cupy.quantize import quantize_numpy
 
 pytestmark = pytest.mark.gpu
 R = intfa.recipes()
@@ -36,7 +37,8 @@ def dtypes_of(recipe: Recipe) -> tuple[str, ...]:
     """All input types for the main recipes, one for each of the others: they share the code that reads."""
     if recipe.name in ("int8", "int8-fast", "half-int8"):
         return (*DTYPES, "float64")
-    return (DTYPES[len(repr(recipe)) % 3],)
+    turn = RECIPES.index(recipe) if recipe in RECIPES else 0
+    return (DTYPES[turn % len(DTYPES)],)
 
 
 def with_dtype(case: sts.Case, recipe: Recipe) -> sts.Case:
@@ -67,15 +69,6 @@ def quantize(arrays: Any, recipe: Recipe, layout: str = "bhsd") -> QuantizedQKV:
     q, k, v = map(to_device, arrays)
     problem = Problem(*shape_of_qkv(q.shape, k.shape, v.shape, layout), recipe=recipe)
     return gpu.quantize(q, k, v, dispatch.Plan("", problem), layout=layout)
-
-
-def statistics_of(qkv: QuantizedQKV) -> dict[tuple[int, int], HeadStatistics]:
-    """What the kernels found for each key/value head."""
-    made = qkv.extra["operands"]
-    B, Hkv, _, D = qkv.k.shape
-    mean = made["k_mean"].get() if "k_mean" in made else np.zeros((B, Hkv, D), np.float32)
-    factor = made["equalizer"].get()[:, :, 0] if "equalizer" in made else np.ones((B, Hkv, D), np.float32)
-    return {(b, h): HeadStatistics(mean[b, h, :D], factor[b, h, :D]) for b in range(B) for h in range(Hkv)}
 
 
 @settings(max_examples=300)

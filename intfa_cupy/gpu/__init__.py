@@ -13,7 +13,7 @@ and the calls can be captured in a CUDA graph.
 """
 
 from .devices import device, unavailable
-from .launch import attention, attention_quantized, bind
+from .launch import attention, bind
 from .params import ATTENTION_PARAMS, QUANTIZE_PARAMS
 from .quantizer import quantize, quantizer_defines
 from .transfer import upload
@@ -22,7 +22,6 @@ __all__ = [
     "ATTENTION_PARAMS",
     "QUANTIZE_PARAMS",
     "attention",
-    "attention_quantized",
     "bind",
     "device",
     "quantize",

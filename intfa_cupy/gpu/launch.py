@@ -21,7 +21,7 @@ from .quantizer import OPERANDS, quantizer
 from .transfer import upload
 from .views import as_cupy, empty_like, hand_back, named_dtype, on_device, view
 
-__all__ = ["attention", "attention_quantized", "bind"]
+__all__ = ["attention", "bind"]
 
 Array = Any
 _Strides = tuple[int, int, int, int]
@@ -145,11 +145,6 @@ def bind(qkv: QuantizedQKV, plan: Plan) -> Callable[[], Any]:
 
 def _to_host(result: Any) -> Any:
     return tuple(x.get() for x in result) if isinstance(result, tuple) else result.get()
-
-
-def attention_quantized(qkv: QuantizedQKV, plan: Plan) -> Any:
-    """Run the operator on quantised inputs. See :func:`intfa_cupy.attention_quantized`."""
-    return bind(qkv, plan)()
 
 
 # --- quantise and attend ------------------------------------------------------------------------------------
