@@ -6,6 +6,7 @@ three optional libraries is imported for a user who does not use it.
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "from_bhsd",
     "kind",
     "like",
+    "module_of",
     "shape",
     "squeeze_lse",
     "to_bhsd",
@@ -46,6 +48,11 @@ def _kind_of(cls: type) -> str | None:
         if found is not None and hasattr(cls, "dtype") and hasattr(cls, "shape"):
             return found
     return None
+
+
+def module_of(x: Any) -> Any:
+    """Return NumPy, or CuPy for a CuPy array: the module whose functions make arrays like x."""
+    return sys.modules["cupy"] if kind(x) == "cupy" else np
 
 
 def shape(x: Any) -> tuple[int, ...]:

@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import module_of
+
 if TYPE_CHECKING:
     from .smollm2 import SmolLM2
 
@@ -59,8 +61,6 @@ def sink_mass(q: NDArray[Any], k: NDArray[Any], *, key: int = 0, block: int = 51
     -------
     ndarray, (H,)
     """
-    from .smollm2 import module_of
-
     _, heads, tokens, dim = q.shape
     xp = module_of(q)
     if not 0 <= key < tokens - 1:

@@ -29,6 +29,8 @@ from .quantized import CHANNEL_GROUP, TILE, QuantizedQKV, QuantizedTensor, pack_
 
 __all__ = [
     "FORMATS",
+    "SCALES",
+    "V_SCALES",
     "key_of_position",
     "pack_k",
     "pack_q",
@@ -46,6 +48,9 @@ Array = Any
 _CHUNK = 16
 #: Storage formats and their numbers in cuda_src/params.cuh.
 FORMATS = {"int8": 0, "int4": 1, "fp16": 2, "e4m3": 4, "e5m2": 5}
+#: What one scale of Q or K covers, and of V, with its number there.
+SCALES = {"token": 0, "group": 1, "tile": 2, "channel": 3, "head": 4, "none": 5}
+V_SCALES = {"channel": 0, "head": 1, "token": 2, "none": 3}
 _FP8 = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 
 

@@ -209,9 +209,10 @@ class QuantizedQKV:
         Parameters
         ----------
         q, k, v : numpy.ndarray
-            (B, H, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, D) in the recipe's formats: int8 (also for INT4,
-            -7..7, not packed), float16, or ml_dtypes' float8 types. Whatever preparation of Q and
-            K the recipe names (smoothing, equalisation, rotation) was done by the caller.
+            (B, H, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, D) in the recipe's formats: int8 from -127 to 127
+            (-128 has no negative), also for INT4, -7..7, not packed; float16; or ml_dtypes' float8 types.
+            Whatever preparation of Q and K the recipe names (smoothing, equalisation, rotation) was done by
+            the caller.
         q_scale, k_scale, v_scale : numpy.ndarray of float32, or None
             Shapes by the recipe's granularities, see :class:`QuantizedTensor`; None only where the
             recipe says ``"none"``. Finite and positive.
@@ -229,7 +230,8 @@ class QuantizedQKV:
         Raises
         ------
         TypeError, ValueError
-            An array of another dtype or shape, or a scale that is not finite and positive.
+            An array of another dtype or shape, an integer out of range, or a scale that is not finite and
+            positive; the message names it.
         """
         from .problem import shape_of_qkv
 
@@ -298,6 +300,8 @@ def _check_values(which: str, x: Array, fmt: str) -> None:
         raise TypeError(f"{which} must be {want} for format {fmt!r}, got {x.dtype}")
     if fmt == "int4" and x.size and (int(x.min()) < -8 or int(x.max()) > 7):
         raise ValueError(f"{which} must hold INT4 values in -8..7, got {int(x.min())}..{int(x.max())}")
+    if fmt == "int8" and x.size and int(x.min()) < -127:  # a kernel negates Q where the scale is negative
+        raise ValueError(f"{which} must hold INT8 values in -127..127, got -128")
 
 
 def _check_scale(name: str, scale: Array | None, want: tuple[int, ...] | None) -> Array | None:

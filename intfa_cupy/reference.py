@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from . import arrays
 from .problem import Problem, default_scale, normalize_window, shape_of_qkv
 from .recipes import get_recipe
 
-__all__ = ["reference_attention"]
+__all__ = ["attention_float64", "reference_attention"]
 
+Array = Any  # numpy.ndarray or cupy.ndarray
 _ROWS = 128
 
 
@@ -59,38 +62,50 @@ def reference_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.check_floating(name, x)
     shape = shape_of_qkv(arrays.shape(q), arrays.shape(k), arrays.shape(v), layout)
-    B, H, Hkv, Sq, _, D = shape
     left, right = normalize_window(window, is_causal)
     problem = Problem(
-        *shape, recipe=get_recipe("fp16"), left=left, right=right, scale=default_scale(scale, D)
+        *shape, recipe=get_recipe("fp16"), left=left, right=right, scale=default_scale(scale, shape[-1])
     )
     q4, k4, v4 = (arrays.to_bhsd(arrays.to_numpy(x), layout) for x in (q, k, v))
-    out = np.zeros((B, H, Sq, D))
-    lse = np.full((B, H, Sq), -np.inf)
-    for b in range(B):
-        for hk in range(Hkv if H else 0):
-            key, value = k4[b, hk].astype(np.float64), v4[b, hk].astype(np.float64)
-            for h in range(hk * problem.group, (hk + 1) * problem.group):
-                for i0 in range(0, Sq, _ROWS):
-                    i1 = min(i0 + _ROWS, Sq)
-                    j0, j1 = problem.key_range(i0, i1)
-                    if j0 == j1:
-                        continue
-                    block = _block(q4[b, h, i0:i1], key[j0:j1], value[j0:j1], problem, i0, j0)
-                    out[b, h, i0:i1], lse[b, h, i0:i1] = block
+    out, lse = attention_float64(q4, k4, v4, problem)
     result = arrays.from_bhsd(out, layout, len(arrays.shape(q)))
     return (result, arrays.squeeze_lse(lse, len(arrays.shape(q)))) if return_lse else result
 
 
-def _block(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, problem: Problem, i0: int, j0: int
-) -> tuple[np.ndarray, np.ndarray]:
+def attention_float64(q: Array, k: Array, v: Array, problem: Problem) -> tuple[Array, Array]:
+    """Return output and log-sum-exp in float64, computed where the arrays are.
+
+    Parameters
+    ----------
+    q, k, v : numpy.ndarray or cupy.ndarray
+        (B, H, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, D).
+    problem : Problem
+    """
+    p, xp = problem, arrays.module_of(q)
+    out = xp.zeros((p.B, p.H, p.Sq, p.D))
+    lse = xp.full((p.B, p.H, p.Sq), -np.inf)
+    for b in range(p.B):
+        for hk in range(p.Hkv if p.H else 0):
+            key, value = k[b, hk].astype(np.float64), v[b, hk].astype(np.float64)
+            for h in range(hk * p.group, (hk + 1) * p.group):
+                for i0 in range(0, p.Sq, _ROWS):
+                    i1 = min(i0 + _ROWS, p.Sq)
+                    j0, j1 = p.key_range(i0, i1)
+                    if j0 == j1:
+                        continue
+                    block = _block(q[b, h, i0:i1], key[j0:j1], value[j0:j1], p, i0, j0)
+                    out[b, h, i0:i1], lse[b, h, i0:i1] = block
+    return out, lse
+
+
+def _block(q: Array, k: Array, v: Array, problem: Problem, i0: int, j0: int) -> tuple[Array, Array]:
     """Exact attention of a block of queries over the keys that some of them see."""
+    xp = arrays.module_of(q)
     with np.errstate(invalid="ignore", over="ignore"):
         s = q.astype(np.float64) @ k.T * problem.scale
         if problem.masked:
             shift = problem.Sk - problem.Sq
-            distance = np.arange(j0, j0 + len(k))[None, :] - (np.arange(i0, i0 + len(q)) + shift)[:, None]
+            distance = xp.arange(j0, j0 + len(k))[None, :] - (xp.arange(i0, i0 + len(q)) + shift)[:, None]
             if problem.left >= 0:
                 s[distance < -problem.left] = -np.inf
             if problem.right >= 0:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import dispatch, paper
+from . import arrays, dispatch, gpu, paper
 from .api import attention
 from .dispatch import UnsupportedError
 from .metrics import ErrorReport, error_report
+from .problem import Problem, shape_of_qkv
 from .recipes import get_recipe
-from .reference import reference_attention
+from .reference import attention_float64
 from .tables import span
 
 if TYPE_CHECKING:
@@ -301,7 +302,8 @@ def tables(
     backend : str
         What computes the recipes: a backend of `intfa_cupy.backends`, or ``"auto"`` for the fastest one
         available that serves the recipe. What none serves is computed by ``"numpy"``;
-        `TablesResult.backends` says what did.
+        `TablesResult.backends` says what did. Beside a kernel exact attention too is computed on the GPU,
+        if CuPy has cuBLAS.
     progress : callable, optional
         ``progress(what, done)`` is called before each draw, with ``done`` from 0 to 1.
 
@@ -332,6 +334,7 @@ def tables(
     backends = dict.fromkeys(rows, candidates)
     # Time goes with the keys (times the queries): what the progress counts.
     cost = {n: n * (n if full else min(n, QUERIES)) for n in lengths}
+    xp = _module(candidates[0])
     total, done = sum(cost.values()) * seeds * len(which), 0
     found = {}
     for name in which:
@@ -343,7 +346,7 @@ def tables(
                 progress(f"{name}, N = {n:,}, seed {seed + 1} of {seeds}", done / total)
             qkv = draw(paper.TABLES[name].activations, n, None if full else QUERIES, heads, seed)
             for scale in SCALES:
-                exact = np.asarray(reference_attention(*qkv, scale=scale))
+                exact = _exact(qkv, scale, xp)
                 for row in rows:
                     out = _attend(qkv, row, scale, backends)
                     errors[scale][row][n] += (error_report(out, exact),)
@@ -363,6 +366,23 @@ def draw(activations: str, n: int, queries: int | None, heads: int, seed: int) -
     if activations == "normal":
         return tuple(rng.standard_normal(size, dtype=np.float32) for size in sizes)
     return tuple(rng.random(size, dtype=np.float32) - np.float32(0.5) for size in sizes)
+
+
+def _module(backend: str) -> Any:
+    """NumPy; or CuPy beside a kernel, where it has what multiplies float64."""
+    if backend == "numpy" or gpu.unavailable() is not None:
+        return np
+    try:
+        return gpu.matrix_library()
+    except ImportError:
+        return np
+
+
+def _exact(qkv: tuple[np.ndarray, ...], scale: float, xp: Any) -> np.ndarray:
+    """Exact attention, computed by NumPy or CuPy."""
+    q, k, v = map(xp.asarray, qkv)
+    problem = Problem(*shape_of_qkv(q.shape, k.shape, v.shape, "bhsd"), get_recipe("fp16"), scale=scale)
+    return arrays.to_numpy(attention_float64(q, k, v, problem)[0])
 
 
 def _attend(qkv: tuple[np.ndarray, ...], recipe: str, scale: float, backends: dict[str, list[str]]) -> Any:

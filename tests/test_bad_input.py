@@ -165,6 +165,13 @@ def ints(*shape: int, high: int = 127) -> np.ndarray:
     return np.random.default_rng(0).integers(-high, high + 1, shape).astype(np.int8)
 
 
+def lowest(*shape: int) -> np.ndarray:
+    """Integers the last of which has no negative in int8."""
+    x = ints(*shape)
+    x[..., -1, -1] = -128
+    return x
+
+
 def ones(*shape: int) -> np.ndarray:
     return np.ones(shape, np.float32)
 
@@ -174,6 +181,9 @@ FROM_ARRAYS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"k": None}, TypeError, ["k must be a NumPy array", "got NoneType"]),
     ({"q": ones(1, 4, 5, 40)}, TypeError, ["q must be int8 for format 'int8'", "got float32"]),
     ({"v": ints(1, 2, 200, 40).astype(np.uint8)}, TypeError, ["v must be int8 for", "got uint8"]),
+    ({"q": lowest(1, 4, 5, 40)}, ValueError, ["q must hold INT8 values in -127..127, got -128"]),
+    ({"k": lowest(1, 2, 200, 40)}, ValueError, ["k must hold INT8 values in -127..127, got -128"]),
+    ({"v": lowest(1, 2, 200, 40)}, ValueError, ["v must hold INT8 values in -127..127, got -128"]),
     ({"k": ints(1, 2, 200, 41)}, ValueError, ["k must have q's head dimension D = 40", "got 41"]),
     ({"v": ints(1, 2, 201, 40)}, ValueError, ["v must have k's length Sk = 200", "got 201"]),
     ({"q": ints(4, 5, 40), "k": ints(2, 200, 40), "v": ints(2, 200, 40)}, ValueError,

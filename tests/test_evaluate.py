@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,16 @@ def make_tiny(xp: Any) -> SmolLM2:
     ]  # fmt: skip
     config = Config(2, 4, 2, 16, context=512, rope_base=1e4, norm_eps=1e-5)
     return SmolLM2(config, w(32, 64), blocks, ones, Letters())
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> SmolLM2:
+    """The tiny model under what it takes for CuPy: NumPy by another name, with a device to wait for."""
+    model = make_tiny(np)
+    cuda = types.SimpleNamespace(Device=lambda: types.SimpleNamespace(synchronize=lambda: None))
+    model.xp = types.SimpleNamespace(**vars(np) | {"cuda": cuda})
+    monkeypatch.setattr(records, "machine", lambda: {"gpu": "a card", "date": "today"})
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +119,42 @@ def test_error_is_that_of_each_layer_alone(tiny: SmolLM2) -> None:
     np.testing.assert_allclose(report["fp16"].error, np.full((2, 4), 0.1), rtol=1e-3)
     assert 0 < report["int8"].kl < report["fp16"].kl
     assert report.sink_mass.shape == (2, 4) and (report.sink_mass > 0).all()
+
+
+def test_what_is_compiled_at_a_first_call_is_not_the_attentions_time(as_on_a_gpu: SmolLM2) -> None:
+    calls = []
+
+    def compiled(q: Any, k: Any, v: Any, *, recipe: Any, is_causal: bool) -> Any:
+        if not calls:
+            time.sleep(0.5)
+        calls.append(q.shape)
+        return exact_attention(0, q, k, v)
+
+    report = evaluate(["int8"], tokens=64, sequences=1, text=TEXT, model=as_on_a_gpu, attention=compiled)
+    assert calls == [(1, 4, 64, 16)] * 3  # two layers
+    assert report["int8"].attention_seconds < 0.5 < report.seconds
+    assert report["int8"].kl == 0 and report["int8"].backend == "cupy"
+    assert str(report).splitlines()[-1].startswith("a card, today: ")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.01289, "0.013 s"),
+        (1.07, "1.1 s"),
+        (9.97, "10 s"),
+        (51.85, "52 s"),
+        (99.6, "100 s"),
+        (3725.0, "3725 s"),
+    ],
+)
+def test_times_have_the_digits_that_matter(tiny: SmolLM2, seconds: float, shown: str) -> None:
+    report = evaluate(["int8"], tokens=32, sequences=1, text=TEXT, model=tiny, attention=exact)
+    slow = dataclasses.replace(report["int8"], attention_seconds=seconds)
+    text = str(dataclasses.replace(report, results=(slow,), seconds=seconds))
+    lines = text.splitlines()
+    assert lines[3].endswith("% " + shown.rjust(11)) and lines[-1].endswith(f": {shown}.")
+    assert len(lines[3]) == len(lines[1])
 
 
 def test_report_prints_draws_and_serialises(tiny: SmolLM2, tmp_path) -> None:

@@ -214,6 +214,7 @@ def test_scale_that_is_not_positive(recipe: str, D: int, scale: float, kernel: s
     check_against_model(qkv, case, case.problem(R[recipe]), out, lse, ROUNDING[kernel])
 
 
+@pytest.mark.filterwarnings("error:ExternalStream:DeprecationWarning")
 def test_torch_tensors_are_used_in_place() -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():

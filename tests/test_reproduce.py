@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import intfa_cupy as intfa
-from intfa_cupy import bench, jit, paper, plots, records, reproduce, reproduce_speed
+from intfa_cupy import bench, gpu, jit, paper, plots, records, reproduce, reproduce_speed
 from intfa_cupy.bench import BenchResult, Row, Shape
 from intfa_cupy.cli import app
 from intfa_cupy.dispatch import BackendStatus, UnsupportedError
@@ -142,6 +143,34 @@ def test_errors_are_over_all_elements_of_the_stated_draw(name: str, activations:
         want = error_report(out, intfa.reference_attention(q, k, v, scale=scale))
         assert result[name].errors[scale][recipe][256][seed] == want
     assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["tables"][name]["lengths"] == [256]
+
+
+def test_exact_attention_is_computed_beside_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By CuPy if there is a GPU and cuBLAS, else by NumPy."""
+    cupy = types.SimpleNamespace(asarray=np.asarray)
+    problem: list[str | None] = [None]
+    monkeypatch.setattr(gpu, "unavailable", lambda: problem[0])
+    monkeypatch.setattr(gpu, "matrix_library", lambda: cupy)
+    assert reproduce._module("numpy") is np and reproduce._module("mma") is cupy
+    problem[0] = "no card"
+    assert reproduce._module("mma") is np
+    problem[0] = None
+
+    def lacks_cublas() -> Any:
+        raise ImportError("no cuBLAS")
+
+    monkeypatch.setattr(gpu, "matrix_library", lacks_cublas)
+    assert reproduce._module("mma") is np
+
+
+@pytest.mark.gpu
+def test_exact_attention_is_the_same_on_the_gpu() -> None:
+    cupy = pytest.importorskip("cupy")
+    qkv = reproduce.draw("normal", 600, None, 2, 0)
+    for scale in SCALES:
+        exact = [reproduce._exact(qkv, scale, xp) for xp in (np, cupy)]
+        np.testing.assert_array_equal(exact[0], intfa.reference_attention(*qkv, scale=scale))
+        np.testing.assert_allclose(exact[1], exact[0], rtol=0, atol=1e-12)
 
 
 def test_draws() -> None:
@@ -287,6 +316,12 @@ def test_tables_from_the_command_line(no_gpu: None, tmp_path: Path) -> None:
             assert float(rows[entry["recipe"]][1]) == pytest.approx(100 * figure, rel=6e-3)
     assert any(f"Claim: {verdict}." in flat(result.stdout) for verdict in table["verdicts"])
     assert (tmp_path / "r_tables.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        run("table1", "table2", "--length", 64, "--seeds", 1, "--heads", 1, "--no-plot").stdout.count(
+            "; d = 64, full attention"
+        )
+        == 2
+    )
     assert not (tmp_path / "r_speed.png").exists() and not picture.exists()
 
 

@@ -12,7 +12,7 @@ and the calls can be captured in a CUDA graph.
     launch      the attention kernels
 """
 
-from .devices import device, unavailable
+from .devices import device, matrix_library, unavailable
 from .launch import attention, bind
 from .params import ATTENTION_PARAMS, QUANTIZE_PARAMS
 from .quantizer import quantize, quantizer_defines
@@ -24,6 +24,7 @@ __all__ = [
     "attention",
     "bind",
     "device",
+    "matrix_library",
     "quantize",
     "quantizer_defines",
     "unavailable",

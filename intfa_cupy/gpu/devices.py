@@ -10,7 +10,7 @@ from typing import Any
 from .. import arrays, jit
 from ..tiles import Device
 
-__all__ = ["current", "device", "kernel", "unavailable", "where"]
+__all__ = ["current", "device", "kernel", "matrix_library", "unavailable", "where"]
 
 
 def unavailable() -> str | None:
@@ -57,12 +57,54 @@ def device() -> Device:
     return _device(current())
 
 
+def matrix_library() -> Any:
+    """Return CuPy where it can multiply matrices: with cuBLAS, which the kernels do without.
+
+    Raises
+    ------
+    ImportError
+        CuPy or cuBLAS is missing; the message holds the command that installs it.
+    """
+    import cupy
+
+    try:
+        import cupy.cublas
+    except ImportError as error:
+        cuda = cupy.cuda.runtime.runtimeGetVersion() // 1000
+        wheel = f"nvidia-cublas-cu{cuda}" if cuda < 13 else "nvidia-cublas"
+        raise ImportError(f"CuPy needs cuBLAS for this: pip install {wheel}") from error
+    return cupy
+
+
 @contextmanager
 def _placed(ordinal: int, stream: Any) -> Iterator[None]:
     import cupy
 
     with cupy.cuda.Device(ordinal), stream:
         yield
+
+
+class _Foreign:
+    """A stream of another library, as CuPy takes it since version 14, whatever the other one's version."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+@lru_cache(maxsize=64)
+def _adopted(pointer: int, ordinal: int) -> AbstractContextManager[Any]:
+    """Return a device's stream of another library as CuPy's; it stays the other's to destroy."""
+    import cupy
+
+    adopt = getattr(cupy.cuda.Stream, "from_external", None)
+    with cupy.cuda.Device(ordinal):
+        found: AbstractContextManager[Any] = (
+            cupy.cuda.ExternalStream(pointer, ordinal) if adopt is None else adopt(_Foreign(pointer))
+        )
+    return found
 
 
 _HERE: AbstractContextManager[Any] = nullcontext()
@@ -80,7 +122,7 @@ def where(x: Any) -> AbstractContextManager[Any]:
         here = ordinal == current()
         if here and stream == cupy.cuda.get_current_stream().ptr:
             return _HERE
-        found: AbstractContextManager[Any] = cupy.cuda.ExternalStream(stream, ordinal)
+        found = _adopted(stream, ordinal)
         return found if here else _placed(ordinal, found)
     if which == "cupy" and x.device.id != current():
         elsewhere: AbstractContextManager[Any] = x.device

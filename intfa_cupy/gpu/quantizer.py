@@ -22,9 +22,6 @@ __all__ = ["OPERANDS", "Quantizer", "container", "quantize", "quantizer", "quant
 
 Array = Any
 
-# The numbers of params.cuh.
-_SCALES = {"token": 0, "group": 1, "tile": 2, "channel": 3, "head": 4, "none": 5}
-_V_SCALES = {"channel": 0, "head": 1, "token": 2, "none": 3}
 # The constants of quantize.cu.
 _STATISTICS_THREADS = 256
 _STATISTICS_STEPS = 16
@@ -43,9 +40,9 @@ def quantizer_defines(recipe: Recipe, D: int, dtype: str) -> dict[str, int]:
         "INTFA_Q_FORMAT": packing.FORMATS[recipe.q_format],
         "INTFA_K_FORMAT": packing.FORMATS[recipe.k_format],
         "INTFA_V_FORMAT": packing.FORMATS[recipe.v_format],
-        "INTFA_Q_SCALE": _SCALES[recipe.q_granularity],
-        "INTFA_K_SCALE": _SCALES[recipe.k_granularity],
-        "INTFA_V_SCALE": _V_SCALES[recipe.v_granularity],
+        "INTFA_Q_SCALE": packing.SCALES[recipe.q_granularity],
+        "INTFA_K_SCALE": packing.SCALES[recipe.k_granularity],
+        "INTFA_V_SCALE": packing.V_SCALES[recipe.v_granularity],
     }
 
 
