@@ -80,14 +80,6 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(kFullWarp, x, 2);
 }
 
-// Two probabilities in units of the smallest half, 2^-24, rounded to integers below 1024: as halves they are subnormal,
-// and those have the integers for bits.
-__device__ __forceinline__ unsigned round2(float e0, float e1) {
-    unsigned y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(e1), "f"(e0));
-    return y;
-}
-
 // Largest of three, one instruction.
 __device__ __forceinline__ int max3(int x, int y, int z) {
     return __vimax3_s32(x, y, z);
@@ -106,20 +98,7 @@ __device__ __forceinline__ constexpr int row_of(int i) {
 
 // --- consumer -----------------------------------------------------------------------------------------------
 
-// Within float16's range; NaN stays.
-__device__ __forceinline__ float saturated(float x) {
-    return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
-}
-
-// Two outputs of 16 bits in a word, x in the low half.
-__device__ __forceinline__ unsigned convert_pair(float x, float y) {
-    unsigned xy;
-    if (OUT_DTYPE == kFloat16)
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(xy) : "f"(saturated(y)), "f"(saturated(x)));
-    else
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(xy) : "f"(y), "f"(x));
-    return xy;
-}
+using Output = Element<OUT_DTYPE>;
 
 // Place in a consumer's stream of tiles. The same in all lanes, and written so that the compiler can tell.
 struct Cursor {
@@ -405,11 +384,12 @@ struct Consumer {
                                                  n & 1 ? value.w : value.y, unrounded[n >> 1]);
                 }
             }
+            // Rounded to halves they are subnormal, and those have for bits the integers.
 #pragma unroll
             for (int w = 2 * block; w < 2 * block + 2; ++w)
                 prob[w] = __byte_perm(
-                    round2(__int_as_float(s[score_of(w, 0)]), __int_as_float(s[score_of(w, 1)])),
-                    round2(__int_as_float(s[score_of(w, 2)]), __int_as_float(s[score_of(w, 3)])), 0x6420);
+                    pack_halves(__int_as_float(s[score_of(w, 0)]), __int_as_float(s[score_of(w, 1)])),
+                    pack_halves(__int_as_float(s[score_of(w, 2)]), __int_as_float(s[score_of(w, 3)])), 0x6420);
         }
         pass_turn();
         if (MASKED && !kFolded && __builtin_expect(place.masked, 0)) hide_probabilities(place);
@@ -426,29 +406,19 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void begin_item(const float (&scale)[2]) {
+    // m: of the item's first tile, whose maximum is the reference.
+    __device__ __forceinline__ void begin_item(const float (&scale)[2], const float (&m)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            reference[r] = -infinity();
+            reference[r] = kTileMax ? m[r] : -infinity();
             l[r] = scale[r] * 0.0f;  // NaN for a poisoned row, and so it stays
         }
 #pragma unroll
         for (int i = 0; i < DP / 2; ++i) o[i] = 0.0f;
     }
 
-    // Two neighbouring channels, at a multiple of two elements.
-    __device__ __forceinline__ void store_pair(long long index, float x, float y) const {
-        if (OUT_DTYPE == kFloat32)
-            *reinterpret_cast<float2*>(static_cast<float*>(p.out) + index) = {x, y};
-        else
-            *reinterpret_cast<unsigned*>(static_cast<unsigned short*>(p.out) + index) = convert_pair(x, y);
-    }
-
     __device__ __forceinline__ void store_one(long long index, float x) const {
-        if (OUT_DTYPE == kFloat32)
-            static_cast<float*>(p.out)[index] = x;
-        else
-            static_cast<unsigned short*>(p.out)[index] = static_cast<unsigned short>(convert_pair(x, x));
+        static_cast<Output::type*>(p.out)[index] = Output::store(x);
     }
 
     // Writes the rows of the round-th item.
@@ -466,10 +436,11 @@ struct Consumer {
             const int row = item.x + row_in_block + 8 * r;
             inside[r] = row < p.queries;
             const float total = quad_sum(l[r]);
-            const float poisoned = guard + total * 0.0f;
+            // A sum of 0 where a key is visible: the scores are so large that their floats miss the maximum.
+            const bool lost = total == 0.0f && reference[r] != -infinity();
+            const float poisoned = lost ? not_a_number() : guard + total * 0.0f;
             inverse[r] = finish_factor(total, poisoned);
-            index[r] = batch * p.out_batch + (head - batch * p.heads) * p.out_head + row * p.out_row +
-                       2 * quad * p.out_channel;
+            index[r] = batch * p.out_batch + (head - batch * p.heads) * p.out_head + row * p.out_row;
             if (p.lse != nullptr && quad == 0 && inside[r]) {
                 const long long at_row = static_cast<long long>(head) * p.queries + row;
                 const float offset = p.lse_shift != nullptr ? p.lse_shift[at_row] * p.scale : 0.0f;
@@ -478,15 +449,19 @@ struct Consumer {
         }
         if (OUT_PAIRS) {
 #pragma unroll
-            for (int i = 0; i < DP / 8; ++i) {
-                const float2 scale = load_float2(v_scale + 32 * i);
+            for (int r = 0; r < 2; ++r) {
+                if (!inside[r]) continue;
+                auto* row = static_cast<Output::Pair*>(p.out) + index[r] / 2 + quad;
 #pragma unroll
-                for (int r = 0; r < 2; ++r)
-                    if (inside[r])
-                        store_pair(index[r] + 8 * i, o[4 * i + 2 * r] * (inverse[r] * scale.x),
-                                   o[4 * i + 2 * r + 1] * (inverse[r] * scale.y));
+                for (int i = 0; i < DP / 8; ++i) {
+                    const float2 scale = load_float2(v_scale + 32 * i);
+                    const float* x = o + 4 * i + 2 * r;
+                    row[4 * i] = Output::store_pair(x[0] * (inverse[r] * scale.x), x[1] * (inverse[r] * scale.y));
+                }
             }
         } else {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) index[r] += 2 * quad * p.out_channel;
 #pragma unroll
             for (int i = 0; i < DP / 8; ++i) {
                 const float2 scale = load_float2(v_scale + 32 * i);
@@ -534,11 +509,11 @@ struct Consumer {
 
     // Two warpgroups take turns at the exponentials, so that one computes them while the other does everything else.
     __device__ __forceinline__ void take_turn() const {
-        if (kTurns) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
+        if (kTurns) numbered_barrier_wait(1 + group, 256);
     }
 
     __device__ __forceinline__ void pass_turn() const {
-        if (kTurns) asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory");
+        if (kTurns) numbered_barrier_arrive(2 - group, 256);
     }
 
     // From the row maxima to P.
@@ -580,7 +555,7 @@ struct Consumer {
         if (DP == 128) issue_scores(other);
         if (__builtin_expect(here.first, 0)) {
             if (here.round > 0) finish_item(here.round - 1);
-            begin_item(scale);
+            begin_item(scale, m);
         }
         second_half(s, here, phase, scale, m);
     }
@@ -646,7 +621,7 @@ struct Consumer {
             const unsigned phase = at.ring.phase;
             read_scales(scale);
             first_half(s, here, scale, m);
-            if (__builtin_expect(here.first, 0)) begin_item(scale);
+            if (__builtin_expect(here.first, 0)) begin_item(scale, m);
             second_half(s, here, phase, scale, m);
             const bool key_ready = next_key_ready();
             if constexpr (kHalves) {
@@ -707,7 +682,7 @@ extern "C" __global__ void __launch_bounds__(intfa::kThreads, 1)
         // The result of a warp reduction is known to be the same in all lanes.
         const int group = static_cast<int>(__reduce_max_sync(kFullWarp, threadIdx.x / 128)) - 1;
         Consumer consumer(p, map, group, thread);
-        if (kTurns && group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
+        if (kTurns && group == 1) numbered_barrier_arrive(1, 256);
         consumer.run();
     }
 }

@@ -54,6 +54,16 @@ __device__ __forceinline__ bool barrier_test(unsigned barrier, unsigned parity) 
     return done != 0;
 }
 
+// --- numbered barriers of some of a block's warps: those that wait, and those that only arrive ---------------
+
+__device__ __forceinline__ void numbered_barrier_wait(int number, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void numbered_barrier_arrive(int number, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // --- copies -------------------------------------------------------------------------------------------------
 
 // Global -> shared, contiguous, both 16-byte aligned, a multiple of 16 bytes; completes on the barrier.

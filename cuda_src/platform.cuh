@@ -129,16 +129,22 @@ __device__ __forceinline__ uint32 add_bytes(uint32 word, uint32 sum) {
 #endif
 }
 
+// The word of two elements of 16 bits, the first one low.
+template <class T>
+__device__ __forceinline__ uint32 join_halves(T low, T high) {
+    const T pair[2] = {low, high};
+    uint32 word;
+    __builtin_memcpy(&word, pair, sizeof word);
+    return word;
+}
+
 // Two floats rounded to halves, the first one low.
 __device__ __forceinline__ uint32 pack_halves(float a, float b) {
 #ifdef __CUDA_ARCH__
     const __half2 pair = __floats2half2_rn(a, b);
     return *reinterpret_cast<const uint32*>(&pair);
 #else
-    const __half pair[2] = {__float2half_rn(a), __float2half_rn(b)};
-    uint32 word;
-    __builtin_memcpy(&word, pair, sizeof word);
-    return word;
+    return join_halves(__float2half_rn(a), __float2half_rn(b));
 #endif
 }
 
@@ -221,7 +227,8 @@ __device__ __forceinline__ void copy_wait_groups() {}
 
 // --- element types --------------------------------------------------------------------------------------------
 
-// load and store convert one element; unpack converts the two elements of a word, the low one first.
+// load and store convert one element; unpack converts the two elements of a word, the low one first, and store_pair
+// two neighbours into the Pair that they are in memory.
 template <int dtype>
 struct Element;
 template <>
@@ -244,6 +251,17 @@ struct Element<kFloat16> {
     static __device__ __forceinline__ type store(float x) {
         return __float2half_rn(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
     }
+    using Pair = uint32;
+    static __device__ __forceinline__ Pair store_pair(float x, float y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+        uint32 word = pack_halves(x, y);
+        asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0x7bff7bffu));  // 65504
+        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0xfbfffbffu));
+        return word;
+#else
+        return join_halves(store(x), store(y));
+#endif
+    }
 };
 template <>
 struct Element<kBFloat16> {
@@ -254,12 +272,24 @@ struct Element<kBFloat16> {
         high = __int_as_float(static_cast<int>(word & 0xffff0000u));
     }
     static __device__ __forceinline__ type store(float x) { return __float2bfloat16_rn(x); }
+    using Pair = uint32;
+    static __device__ __forceinline__ Pair store_pair(float x, float y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+        uint32 word;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
+        return word;
+#else
+        return join_halves(store(x), store(y));
+#endif
+    }
 };
 template <>
 struct Element<kFloat32> {
     using type = float;
     static __device__ __forceinline__ float load(type x) { return x; }
     static __device__ __forceinline__ type store(float x) { return x; }
+    using Pair = float2;
+    static __device__ __forceinline__ Pair store_pair(float x, float y) { return {x, y}; }
 };
 
 }  // namespace intfa

@@ -42,7 +42,7 @@ constexpr bool kHalves = DP == 64 && !PIPELINED;
 
 constexpr float kLevels = P_LEVELS;
 static_assert(P_LEVELS == 255 || P_LEVELS == 127, "LEVELS");
-// P is worked out in units of 2^-24; see round2. The exponent of a row's largest:
+// P is worked out in units of the smallest half, 2^-24. The exponent of a row's largest:
 constexpr float kUnit = 0x1p-24f;
 constexpr float kLargest = (P_LEVELS == 255 ? 7.99435343685886f : 6.98868468677217f) - 24.0f;
 
