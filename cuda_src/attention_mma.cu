@@ -22,12 +22,11 @@
 // a time. The rest of the waiting is left to the other warps of the SM: more warps beat more work per warp.
 //
 // The warps of a block share tiles of K and V, which arrive as they lie in global memory: the quantiser swizzled them
-// for conflict-free ldmatrix. All threads copy by cp.async, 16 bytes each at a time; from sm_90 on one thread has whole
-// tiles copied, and what a tile's arrival needs of a block barrier is left to a barrier in shared memory. Three
-// schedules, by the numbers of buffers:
-//     K 2, V 2   one block barrier per tile
-//     K 2, V 1   two (whole tiles: one): V of tile t arrives during Q K^T of tile t
-//     K 1, V 1   three (two), the least memory: K of tile t+1 arrives during the softmax and P V
+// for conflict-free ldmatrix. With two buffers, tile t+1 is fetched from the softmax of tile t on. With one, the least
+// memory, V of tile t arrives during its Q K^T, and K of tile t+1 during the softmax and P V of tile t.
+// All threads copy by cp.async, 16 bytes each at a time, and block barriers say when a buffer is full and when it is
+// free. From sm_90 on one thread has whole tiles copied; barriers in shared memory say the same, and no warp waits for
+// the others, but for the one with that thread, which finds that they have long left the buffer.
 //
 // Shared memory (dynamic, SMEM bytes): K buffers, V buffers, two buffers of scales, Q if it does not stay in registers,
 // scores and scales of Q's groups for which there are no registers, what the loop seldom needs, barriers.
@@ -48,8 +47,7 @@ namespace intfa {
 constexpr int Dp = INTFA_DP;
 constexpr int kWarps = INTFA_WARPS;
 constexpr int kM = INTFA_M_TILES;                        // 16-row fragments per warp
-constexpr int kKeyBuffers = INTFA_K_BUFFERS;
-constexpr int kValueBuffers = INTFA_V_BUFFERS;
+constexpr int kBuffers = INTFA_BUFFERS;                  // of K and of V
 constexpr int kBeside = INTFA_BESIDE;                    // 16-channel blocks of integer P V beside the exponentials
 constexpr bool kQueryInRegisters = INTFA_QUERY_IN_REGISTERS;
 constexpr int kQueryFormat = INTFA_Q_FORMAT;
@@ -61,8 +59,9 @@ constexpr int kKeyScale = INTFA_K_SCALE;
 constexpr bool kQueryChannelScale = INTFA_Q_CHANNEL_SCALE;  // Q has a scale per token and 32 channels (4-bit Q)
 constexpr bool kFolded = INTFA_V_FOLDED;
 constexpr int kStash = INTFA_STASH;                      // fragments of 8 keys whose scores wait in shared memory
-constexpr int kFence = INTFA_FENCE;                      // 1: of Q K^T, 2: of P V, 3: of both: keep loads in their block,
-                                                         // which takes fewer registers and overlaps less
+// What takes fewer registers and overlaps less, a sum of 1: loads of Q K^T stay in their block, 2: those of P V, too;
+// 4: addresses of K are worked out anew for each tile, 8: those of V.
+constexpr int kFence = INTFA_FENCE;
 // The caller knows that every row sees every key and that Sk is a multiple of 128 (0), or not (1).
 constexpr bool kMasked = INTFA_MASKED;
 // The caller knows that D = Dp, that channels of out are neighbours, its other strides even and its address aligned.
@@ -83,7 +82,9 @@ constexpr bool kMagic = Dp < 256;
 constexpr bool kTokenScale = kKeyScale == kScaleToken;
 constexpr bool kIntegerP = kValueFormat == kInt8;
 constexpr bool kWideV = kValueFormat == kHalf || kValueFormat == kBrain;
-constexpr bool kProductSum = (kIntegerP && !kFolded) || kWideV;  // l sums the rounded P: one more column of the product
+// l sums the rounded P where its scale is not folded: bytes are counted, of 16 bits the product has one more column.
+constexpr bool kCountedSum = kIntegerP && !kFolded;
+constexpr bool kProductSum = kWideV;
 
 // Running maximum: m_ref may lag behind by as much as costs 16-bit P no precision.
 constexpr float kSlack = kRunning ? (kWideV ? 8.0f : 0.0f) : kReferenceSlack;
@@ -99,7 +100,11 @@ constexpr double log2_of(double x) {
     }
     return log;
 }
-constexpr float kLog2Levels = static_cast<float>(log2_of(kLevels));
+
+// An integer P is worked out in units of the smallest float16, 2^-24: the bits of the float16 are then the integer, and
+// it is rounded once.
+constexpr float kUnit = kIntegerP ? 0x1p-24f : 1.0f;
+constexpr float kLargest = static_cast<float>(log2_of(kLevels) - (kIntegerP ? 24 : 0));  // the largest's exponent
 
 static_assert(Dp == 64 || Dp == 128 || Dp == 256, "the head dimension is padded to 64, 128 or 256");
 static_assert(kLevels >= 1 && (kLevels <= 255 || !kIntegerP), "levels of P: what its format holds");
@@ -111,7 +116,7 @@ static_assert(!kGrouped || kInteger, "floating K has no scales per group of chan
 static_assert(kGrouped || !kQueryChannelScale, "scales per group of channels: Q only where K has them");
 static_assert(kIntegerP || (kRunning && !kFolded), "floating P is taken against the running maximum");
 static_assert(!kRaw || !kFolded, "folded V adds a term per key: K's scale must be per token");
-static_assert((kKeyBuffers == 2 && kValueBuffers <= 2) || (kKeyBuffers == 1 && kValueBuffers == 1), "buffers");
+static_assert(kBuffers == 1 || kBuffers == 2, "buffers");
 static_assert(kStash >= 0 && kStash <= 16 && kStash % 2 == 0, "pairs of the 16 fragments");
 static_assert(kBeside >= 0 && kBeside <= Dp / 16, "no more channels than there are");
 
@@ -123,6 +128,8 @@ constexpr int kKeyWidth = kKeyRowBytes < 128 ? kKeyRowBytes : 128;  // of a row 
 constexpr int kKeyBytes = kTileKeys * kKeyRowBytes;              // of a tile
 constexpr int kValueBytes = kTileKeys * Dp * format_bits(kValueFormat) / 8;
 constexpr int kGroups = Dp / 32;                                 // of channels
+// Whether registers are so short that the loop keeps nothing in them that it can read again.
+constexpr bool kShort = Dp == 256 ? kQueryChannelScale : Dp == 128 && (kKeyFormat == kE4M3 || kKeyFormat == kE5M2);
 constexpr int kScaleBytes = kTokenScale ? 4 * kTileKeys : kGrouped ? 4 * kTileKeys * kGroups : 0;  // of a tile
 constexpr bool kGroupsInShared = kQueryChannelScale && Dp > 64;  // scales of Q's groups of channels
 constexpr int kAuxBytes = kScaleBytes + (kFolded ? 8 * kTileKeys : 0);
@@ -133,15 +140,16 @@ constexpr bool kBulk = kBulkCopies && !kWideV;
 
 struct Map {
     static constexpr int key = 0;
-    static constexpr int value = key + kKeyBuffers * kKeyBytes;
-    static constexpr int aux = value + kValueBuffers * kValueBytes;
+    static constexpr int value = key + kBuffers * kKeyBytes;
+    static constexpr int aux = value + kBuffers * kValueBytes;
     static constexpr int query = aux + 2 * kAuxBytes;
     static constexpr int stash = query + (kQueryInRegisters ? 0 : kRows * Dp * kQueryBits / 8);
     static constexpr int groups = stash + kM * kStash * kThreads * 16;
     static constexpr int seldom = groups + (kGroupsInShared ? kThreads * kGroups * 8 : 0);
-    static constexpr int key_arrival = seldom + 16;  // kBulk: barriers, one per buffer
-    static constexpr int value_arrival = key_arrival + 8 * 2;
-    static constexpr int total = value_arrival + 8 * 2;
+    // kBulk: two barriers each. Two buffers: of K and V in the same one; one: of K, of V.
+    static constexpr int full = seldom + 32;
+    static constexpr int empty = full + 8 * 2;
+    static constexpr int total = empty + 8 * 2;
 };
 static_assert(Map::total == INTFA_SMEM, "tiles.py and this file disagree on shared memory");
 
@@ -210,36 +218,21 @@ __device__ __forceinline__ void copy_wide_value(uint32 shared, const void* globa
         copy16_async((target ^ i * rows % 8 << 4) + i * (rows * 128), source + i * (kThreads * 16));
 }
 
+// The tiles of the block, and who may read and write their buffers when.
 struct Tiles {
     const AttentionParams& p;
     uint32 shared;
     int first;  // index of the head's first tile
+    int begin;
+    int end;
 
-    // Tile of K and, to the buffer of its parity, the scales of its softmax.
-    __device__ __forceinline__ void copy_key(int tile, int buffer, int parity) const {
-        const int64 index = first + tile;
-        if constexpr (kBulk) {
-            if (threadIdx.x != 0) return;
-            const uint32 arrival = shared + Map::key_arrival + 8 * buffer;
-            const uint32 target = shared + Map::aux + parity * kAuxBytes;
-            barrier_expect(arrival, kKeyBytes + kAuxBytes);
-            bulk_copy(shared + Map::key + buffer * kKeyBytes, p.k + index * kKeyBytes, kKeyBytes, arrival);
-            if (kScaleBytes > 0)
-                bulk_copy(target, reinterpret_cast<const char*>(p.k_scale) + index * kScaleBytes, kScaleBytes, arrival);
-            if (kFolded)
-                bulk_copy(target + kScaleBytes, reinterpret_cast<const char*>(p.v_fold) + index * (8 * kTileKeys),
-                          8 * kTileKeys, arrival);
-            return;
-        }
-        copy_linear<kKeyBytes>(shared + Map::key + buffer * kKeyBytes,
-                               reinterpret_cast<const char*>(p.k) + index * kKeyBytes);
-        const uint32 aux = shared + Map::aux + parity * kAuxBytes;
-        if constexpr (kScaleBytes > 0)
-            copy_linear<kScaleBytes>(aux, reinterpret_cast<const char*>(p.k_scale) + index * kScaleBytes);
-        if constexpr (kFolded)
-            copy_linear<8 * kTileKeys>(aux + kScaleBytes,
-                                       reinterpret_cast<const char*>(p.v_fold) + index * (8 * kTileKeys));
+    // Where registers are short, these numbers are read again for every tile.
+    __device__ __forceinline__ Tiles recalled() const {
+        if (!kShort) return *this;
+        const int4 x = load_ints(shared + Map::seldom + 16);
+        return {p, shared, x.x, x.y, x.z};
     }
+
     // K's scale of the thread's keys, where they share one.
     __device__ __forceinline__ float scale_of(int tile) const {
         const int64 index = first + tile;
@@ -247,23 +240,141 @@ struct Tiles {
         if (kKeyScale == kScaleTile) return p.k_scale[index];
         return 1.0f;
     }
-    __device__ __forceinline__ void copy_value(int tile, int buffer) const {
-        const char* const source = static_cast<const char*>(p.v) + static_cast<int64>(first + tile) * kValueBytes;
+
+    // Buffers of a tile's K and V; the scales of its softmax have two in any case.
+    __device__ __forceinline__ int parity_of(int tile) const {
+        return kShort && !kBulk ? tile & 1 : (tile - begin) % 2;
+    }
+    __device__ __forceinline__ int buffer_of(int tile) const { return kBuffers == 2 ? parity_of(tile) : 0; }
+
+    __device__ __forceinline__ void start() const {
         if constexpr (kBulk) {
-            if (threadIdx.x != 0) return;
-            const uint32 arrival = shared + Map::value_arrival + 8 * buffer;
-            barrier_expect(arrival, kValueBytes);
-            bulk_copy(shared + Map::value + buffer * kValueBytes, source, kValueBytes, arrival);
-        } else if constexpr (kWideV)
-            copy_wide_value(shared + Map::value + buffer * kValueBytes, source);
+            if (threadIdx.x == 0) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    barrier_init(shared + Map::full + 8 * i, 1);
+                    barrier_init(shared + Map::empty + 8 * i, kWarps);
+                }
+                barrier_init_fence();
+            }
+            __syncthreads();
+        } else if (begin >= end) {
+            __syncthreads();  // else the loop has one between what the beginning writes and the end reads
+        }
+        if (begin >= end) return;
+        if (!kBulk || threadIdx.x == 0) {
+            copy_key(begin);
+            if (kBuffers == 2) copy_value(begin);
+        }
+        if (!kBulk) copy_commit();
+    }
+
+    // Return when K of the tile is here; with two buffers V, too.
+    __device__ __forceinline__ void await_key(int tile) const {
+        if constexpr (kBulk) {
+            if (kBuffers == 1 && threadIdx.x == 0) {
+                if (tile > begin) barrier_wait(shared + Map::empty + 8, (tile - 1 - begin) % 2);
+                copy_value(tile);
+            }
+            barrier_wait(shared + Map::full + 8 * buffer_of(tile), (tile - begin) / kBuffers % 2);
+        } else {
+            copy_wait();
+            __syncthreads();  // and nobody reads the tile before
+            if (kBuffers == 1) {
+                copy_value(tile);
+                copy_commit();
+            }
+        }
+    }
+
+    // The warp has read K.
+    __device__ __forceinline__ void leave_key() const {
+        if (kBuffers == 2) return;
+        if constexpr (kBulk)
+            leave(0);
         else
-            copy_linear<kValueBytes>(shared + Map::value + buffer * kValueBytes, source);
+            __syncthreads();
+    }
+
+    // What the next tile needs and there is room for.
+    __device__ __forceinline__ void copy_next(int tile) const {
+        if (tile + 1 < end && (!kBulk || threadIdx.x == 0)) {
+            if (kBulk && kBuffers == 1) barrier_wait(shared + Map::empty, (tile - begin) % 2);
+            if (kBulk && kBuffers == 2 && tile > begin)
+                barrier_wait(shared + Map::empty + 8 * buffer_of(tile + 1), (tile - 1 - begin) / 2 % 2);
+            copy_key(tile + 1);
+            if (kBuffers == 2) copy_value(tile + 1);
+        }
+        if (!kBulk) copy_commit();
+    }
+
+    // Return when V of the tile is here.
+    __device__ __forceinline__ void await_value(int tile) const {
+        if (kBuffers == 2) return;
+        if constexpr (kBulk) {
+            barrier_wait(shared + Map::full + 8, (tile - begin) % 2);
+        } else {
+            copy_wait_groups<1>();
+            __syncthreads();
+        }
+    }
+
+    // The warp has read V.
+    __device__ __forceinline__ void leave_value(int tile) const {
+        if constexpr (kBulk) leave(kBuffers == 2 ? buffer_of(tile) : 1);
+    }
+
+private:
+    __device__ __forceinline__ void leave(int buffer) const {
+        __syncwarp();
+        if (thread_of() % 32 == 0) barrier_arrive(shared + Map::empty + 8 * buffer);
+    }
+
+    // K of a tile and the scales of its softmax.
+    __device__ __forceinline__ void copy_key(int tile) const {
+        const int64 index = first + tile;
+        const uint32 target = shared + Map::key + buffer_of(tile) * kKeyBytes;
+        const uint32 aux = shared + Map::aux + parity_of(tile) * kAuxBytes;
+        const char* const scale = reinterpret_cast<const char*>(p.k_scale) + index * kScaleBytes;
+        const char* const fold = reinterpret_cast<const char*>(p.v_fold) + index * (8 * kTileKeys);
+        if constexpr (kBulk) {
+            const uint32 full = shared + Map::full + 8 * buffer_of(tile);
+            barrier_expect(full, kKeyBytes + kAuxBytes + (kBuffers == 2 ? kValueBytes : 0));
+            bulk_copy(target, p.k + index * kKeyBytes, kKeyBytes, full);
+            if (kScaleBytes > 0) bulk_copy(aux, scale, kScaleBytes, full);
+            if (kFolded) bulk_copy(aux + kScaleBytes, fold, 8 * kTileKeys, full);
+        } else {
+            copy_linear<kKeyBytes>(target, reinterpret_cast<const char*>(p.k) + index * kKeyBytes);
+            if constexpr (kScaleBytes > 0) copy_linear<kScaleBytes>(aux, scale);
+            if constexpr (kFolded) copy_linear<8 * kTileKeys>(aux + kScaleBytes, fold);
+        }
+    }
+
+    __device__ __forceinline__ void copy_value(int tile) const {
+        const char* const source = static_cast<const char*>(p.v) + static_cast<int64>(first + tile) * kValueBytes;
+        const uint32 target = shared + Map::value + buffer_of(tile) * kValueBytes;
+        if constexpr (kBulk) {
+            const uint32 full = shared + Map::full + 8 * (kBuffers == 2 ? buffer_of(tile) : 1);
+            if (kBuffers == 1) barrier_expect(full, kValueBytes);
+            bulk_copy(target, source, kValueBytes, full);
+        } else if constexpr (kWideV) {
+            copy_wide_value(target, source);
+        } else {
+            copy_linear<kValueBytes>(target, source);
+        }
     }
 };
 
 // Loads from shared memory do not move over it.
-__device__ __forceinline__ void fence(int product) {
-    if (kFence & product) __syncwarp();
+template <int which>
+__device__ __forceinline__ void fence() {
+    if (kFence & which) __syncwarp();
+}
+
+// Nothing that follows from the address is known before.
+template <int which>
+__device__ __forceinline__ void fence_address(uint32& address) {
+    if (kFence & which) forget(address);
 }
 
 // --- small arithmetic ----------------------------------------------------------------------------------------------
@@ -294,8 +405,7 @@ struct Warp {
     float q_group[kM][2][kQueryChannelScale && !kGroupsInShared ? kGroups : 1];
     float q_scale[kM][2];         // of the exponent; positive
     int s[kM][16][4];             // scores: integers or bits of floats
-    static constexpr int kTops = Dp < 256 ? 2 : 1;
-    int top[kM][2][kTops];        // largest of them, even and odd fragments apart if there are registers
+    int top[kM][2];               // largest of them
     uint32 prob[kM][kWideV ? 32 : 16];
     float o[kM][Dp / 8][4];
     float reference[kM][2];
@@ -570,17 +680,18 @@ struct Warp {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int x = larger(s[m][n][2 * h], s[m][n][2 * h + 1]);
-                top[m][h][n % kTops] = n < kTops ? x : larger(x, top[m][h][n % kTops]);
+                top[m][h] = n == 0 ? x : larger(x, top[m][h]);
             }
     }
 
     // S of a tile, and its largest elements.
     __device__ __forceinline__ void scores(int buffer, int parity, int key0) {
+        fence_address<4>(key_lane);
         const uint32 aux = aux_lane + parity * kAuxBytes;
         const uint32 fold = fold_of(aux);
 #pragma unroll
         for (int first = 0; first < 16; first += kWide) {
-            fence(1);
+            fence<1>();
             multiply_keys(buffer, first, parity);
 #pragma unroll
             for (int n = first; n < first + kWide; ++n) {
@@ -653,7 +764,7 @@ struct Warp {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 scale[m][h] = kRaw ? fmaxf(q_scale[m][h] * key_scale, 1e-37f) : q_scale[m][h];
-                x[m][h] = __int_as_float(larger(top[m][h][0], top[m][h][kTops - 1]));
+                x[m][h] = __int_as_float(top[m][h]);
                 if (kRaw) x[m][h] -= kFloatMagic;
                 if (!kFolded) x[m][h] *= scale[m][h];
                 maximum[m][h] = __shfl_xor_sync(kFullWarp, x[m][h], 1);
@@ -675,7 +786,7 @@ struct Warp {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float stand = kRunning ? reference[m][h] : maximum[m][h];
-                float y = kLog2Levels - (kMasked && stand == -infinity() ? 0.0f : stand);
+                float y = kLargest - (kMasked && stand == -infinity() ? 0.0f : stand);
                 // No rounding may lift the maximum to LEVELS + 1/2: stay below LEVELS where it could.
                 if (kIntegerP) y -= fmaxf(fmaf(fabsf(y), 2.4e-7f, -0.002f), 0.0f);
                 shift[m][h] = kRaw ? fma_down(-kFloatMagic, scale[m][h], y) : y;
@@ -734,14 +845,15 @@ struct Warp {
                     e[i] = exp2_fast(kFolded ? x + shift[m][h] : fmaf(x, scale[m][h], shift[m][h]));
                     if (kFolded)
                         sum[m][h] = fmaf(e[i], i % 2 ? value[i / 2].w : value[i / 2].y, sum[m][h]);
-                    else if (!kProductSum)
+                    else if (!kCountedSum && !kProductSum)
                         sum[m][h] += e[i];
                 }
                 if (kWideV) {
                     prob[m][4 * block + h] = pack2<kValueFormat>(e[0], e[1]);
                     prob[m][kWideV ? 4 * block + 2 + h : 0] = pack2<kValueFormat>(e[2], e[3]);
                 } else if (kIntegerP) {
-                    prob[m][2 * block + h] = __byte_perm(round2(e[0], e[1]), round2(e[2], e[3]), 0x6420);
+                    prob[m][2 * block + h] =
+                        __byte_perm(pack2<kHalf>(e[0], e[1]), pack2<kHalf>(e[2], e[3]), 0x6420);
                 } else {
                     prob[m][2 * block + h] =
                         __byte_perm(pack2<kValueFormat>(e[0], e[1]), pack2<kValueFormat>(e[2], e[3]), 0x5410);
@@ -751,8 +863,7 @@ struct Warp {
 
     // --- O += P V ----------------------------------------------------------------------------------------------------
     //
-    // A step is 32 bytes of P per row: 32 keys, or 16 of a 16-bit P. The row sums of P are one more column of the
-    // product, a column of ones.
+    // A step is 32 bytes of P per row: 32 keys, or 16 of a 16-bit P.
 
     static constexpr int kValueSteps = kWideV ? 8 : 4;
 
@@ -804,6 +915,7 @@ struct Warp {
                                            const float (&shift)[kM][2]) {
         constexpr int beside = kIntegerP ? kBeside : Dp / 16;
         constexpr int kept = kIntegerP && beside > 0 ? beside : 1;
+        fence_address<8>(value_lane);
         const uint32 fold = fold_of(aux_lane + parity * kAuxBytes);
         Product product[kept];
         float sum[kM][2];
@@ -811,7 +923,7 @@ struct Warp {
         for (int m = 0; m < kM; ++m) sum[m][0] = sum[m][1] = 0.0f;
 #pragma unroll
         for (int step = 0; step < kValueSteps; ++step) {
-            fence(2);
+            fence<2>();
             if (kWideV) {
                 exponentials(step, fold, scale, shift, sum);
             } else {
@@ -829,7 +941,7 @@ struct Warp {
             for (int block = 0; block < beside; ++block) add_product(product[block], block);
 #pragma unroll
             for (int block = beside; block < Dp / 16; ++block) {
-                fence(2);
+                fence<2>();
 #pragma unroll
                 for (int step = 0; step < kValueSteps; ++step) multiply_values(product[0], buffer, block, step);
                 add_product(product[0], block);
@@ -838,21 +950,18 @@ struct Warp {
     }
 
     __device__ __forceinline__ void add_sums(const float (&share)[kM][2]) {
-        constexpr uint32 ones = kIntegerP ? 0x01010101u : kValueFormat == kHalf ? 0x3c003c00u : 0x3f803f80u;
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-            if constexpr (kProductSum && kIntegerP) {
-                int sum[4];
+            if constexpr (kCountedSum) {
 #pragma unroll
-                for (int step = 0; step < kValueSteps; ++step) {
-                    if (step == 0)
-                        mma_u8s8(sum, prob[m] + 4 * step, ones, ones, start);
-                    else
-                        mma_u8s8(sum, prob[m] + 4 * step, ones, ones, sum);
+                for (int h = 0; h < 2; ++h) {
+                    uint32 count = static_cast<uint32>(start[0]);
+#pragma unroll
+                    for (int word = h; word < 16; word += 2) count = __dp4a(prob[m][word], 0x01010101u, count);
+                    add(l[m][h], static_cast<int>(count), factor[m][h]);
                 }
-                add(l[m][0], sum[0], factor[m][0]);
-                add(l[m][1], sum[2], factor[m][1]);
             } else if constexpr (kProductSum) {
+                constexpr uint32 ones = kValueFormat == kHalf ? 0x3c003c00u : 0x3f803f80u;
                 float sum[4] = {l[m][0], 0.0f, l[m][1], 0.0f};
 #pragma unroll
                 for (int step = 0; step < kValueSteps; ++step)
@@ -861,8 +970,10 @@ struct Warp {
                 l[m][1] = sum[2];
             } else {
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
-                    l[m][h] = kRunning ? l[m][h] + share[m][h] : fmaf(share[m][h], factor[m][h], l[m][h]);
+                for (int h = 0; h < 2; ++h) {
+                    const float x = share[m][h] * (1.0f / kUnit);
+                    l[m][h] = kRunning ? l[m][h] + x : fmaf(x, factor[m][h], l[m][h]);
+                }
             }
         }
     }
@@ -939,71 +1050,37 @@ extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attenti
     const Item item(p, blockIdx.x);
     BlockRange range = {0, p.tiles, {0, 0}};
     if (kMasked) range = block_range(p, item.row, min(item.row + kRows, p.queries));
-    if (threadIdx.x == 0)
-        store_ints(shared + Map::seldom, {range.common.begin, range.common.end, item.head, item.row});
     const int begin = kMasked ? range.tile_begin : 0;
     const int end = range.tile_end;
-    const Tiles tiles{p, shared, item.kv_head * p.tiles};
-    if constexpr (kBulk) {
-        if (threadIdx.x == 0) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) barrier_init(shared + Map::key_arrival + 8 * i, 1);
-            barrier_init_fence();
-        }
-        __syncthreads();
-    } else if (begin >= end) {
-        __syncthreads();  // else the loop has barriers between the store above and the end, which reads it
+    const Tiles whole{p, shared, item.kv_head * p.tiles, begin, end};
+    if (threadIdx.x == 0) {
+        store_ints(shared + Map::seldom, {range.common.begin, range.common.end, item.head, item.row});
+        if (kShort) store_ints(shared + Map::seldom + 16, {whole.first, begin, end, 0});
     }
-
-    if (begin < end) {
-        tiles.copy_key(begin, 0, 0);
-        if (kValueBuffers == 2) tiles.copy_value(begin, 0);
-    }
-    copy_commit();
+    whole.start();
     Warp warp(p, shared, item);
 
     constexpr bool kAhead = Dp < 256;  // fetch K's scale a tile ahead, if there is a register for it all the time
-    float next_scale = kAhead && begin < end ? tiles.scale_of(begin) : 1.0f;
-    for (int tile = begin; tile < end; ++tile) {
-        const int turn = tile - begin;
-        const int parity = turn % 2;
-        const int key_buffer = kKeyBuffers == 2 ? parity : 0;
-        const int value_buffer = kValueBuffers == 2 ? parity : 0;
-        const bool more = tile + 1 < end;
+    float next_scale = kAhead && begin < end ? whole.scale_of(begin) : 1.0f;
+    if (kShort) __syncthreads();  // all threads recall what one has written
+    for (int tile = begin; tile < whole.recalled().end; ++tile) {
         float key_scale = next_scale;
         float scale[kM][2], shift[kM][2];
-        const auto copy_next = [&] {  // but for V where it has one buffer
-            if (more) {
-                tiles.copy_key(tile + 1, kKeyBuffers == 2 ? parity ^ 1 : 0, parity ^ 1);
-                if (kValueBuffers == 2) tiles.copy_value(tile + 1, parity ^ 1);
-            }
-            copy_commit();
-        };
+        const Tiles tiles = whole.recalled();
+        const int parity = tiles.parity_of(tile);
+        const int buffer = tiles.buffer_of(tile);
 
-        if (!kBulk) copy_wait();
-        __syncthreads();  // nobody reads the tile before; copied by all threads: K is here (V 2: and V)
-        if (kValueBuffers == 1) {
-            tiles.copy_value(tile, 0);
-            copy_commit();
-        }
-        if (kBulk) {
-            if (kKeyBuffers == 2) copy_next();
-            barrier_wait(shared + Map::key_arrival + 8 * key_buffer, turn / kKeyBuffers % 2);
-        }
-        warp.scores(key_buffer, parity, tile * kTileKeys);
+        tiles.await_key(tile);
+        warp.scores(buffer, parity, tile * kTileKeys);
         if (!kAhead) key_scale = tiles.scale_of(tile);
-        if (kKeyBuffers == 1) __syncthreads();  // nobody reads K
+        tiles.leave_key();
         warp.exponent_of(scale, shift, key_scale, [&] {
-            if (kAhead && more) next_scale = tiles.scale_of(tile + 1);
-            if (!kBulk || kKeyBuffers == 1) copy_next();
+            if (kAhead && tile + 1 < tiles.end) next_scale = tiles.scale_of(tile + 1);
+            tiles.recalled().copy_next(tile);
         });
-        if (kBulk) {
-            barrier_wait(shared + Map::value_arrival + 8 * value_buffer, turn / kValueBuffers % 2);
-        } else if (kValueBuffers == 1) {
-            copy_wait_groups<1>();
-            __syncthreads();  // V is here
-        }
-        warp.values(value_buffer, parity, scale, shift);
+        tiles.await_value(tile);
+        warp.values(buffer, parity, scale, shift);
+        tiles.leave_value(tile);
     }
     warp.finish();
 }

@@ -142,6 +142,9 @@ __device__ __forceinline__ uint32 thread_now() {
     return x;
 }
 
+// The same value, of which the compiler knows nothing any more.
+__device__ __forceinline__ void forget(uint32& x) { asm volatile("mov.u32 %0, %0;" : "+r"(x)); }
+
 // The same value, which the compiler must keep in a register: it cannot know how to compute it again.
 __device__ __forceinline__ uint32 kept(uint32 x) {
     return __shfl_sync(kFullWarp, x, static_cast<int>(threadIdx.x % 32));
@@ -171,13 +174,6 @@ __device__ __forceinline__ uint32 pack2(float x, float y) {
 
 // a b + c, rounded down.
 __device__ __forceinline__ float fma_down(float a, float b, float c) { return __fmaf_rd(a, b, c); }
-
-// Two numbers 0..255, rounded to integers in the low bytes of two halves: a half in [1024, 2048) has unit steps.
-__device__ __forceinline__ uint32 round2(float x, float y) {
-    uint32 word = pack2<kHalf>(x, y);
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(word), "r"(0x64006400u));
-    return word;
-}
 
 // Bytes of eight 4-bit numbers, times 16: the low nibbles of the word's four bytes, and the high ones.
 __device__ __forceinline__ uint32 low_nibbles(uint32 word) { return word << 4 & 0xf0f0f0f0u; }

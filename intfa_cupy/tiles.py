@@ -190,7 +190,7 @@ def _wmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
         yield "fp16 P against the tile's maximum (has the running one)"
 
 
-def _wmma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
+def _wmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
     options = _WMMA[Dp]
     if recipe.k_granularity != "token" and not recipe.folded_v and Dp < 256:
         # Without a scale per key one more block fits, if Q leaves the registers.
@@ -211,7 +211,7 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
         yield f"{recipe.p_levels} levels of P (has 255, 127)"
 
 
-def _wgmma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
+def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
     # The map of attention_wgmma.cu. With a K scale per token the products run beside no other work of their
     # warps, and a third warpgroup fills the gaps, where the registers are enough for it.
     group = recipe.k_granularity == "group"
@@ -240,36 +240,60 @@ class _Mma:
     """Options of attention_mma.cu that change no result."""
 
     warps: int = 4
-    k_buffers: int = 2
-    v_buffers: int = 1
-    beside: int = 4  # fragments of keys whose probabilities are worked out beside the second product
+    buffers: int = 2  # of K and of V
+    beside: int = 4  # blocks of 16 channels of the second product that are worked out beside exponentials
     fence: int = 0  # how closely the compiler is held to the order of the source
     query_in_registers: bool = True
     min_blocks: int = 1
     stash: int = 0  # of 16 parts of a tile's scores, how many wait in shared memory and not in registers
 
 
-def _mma_options(recipe: Recipe, Dp: int) -> list[_Mma]:
-    """Options for a padded head dimension, the best first."""
-    # Scores that are sums of floats need registers beside the scores for the sums.
-    floating = recipe.k_granularity == "channel" or recipe.k_format not in _INTEGERS
+def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
+    """Options for a padded head dimension, the best first.
+
+    Where registers are short, small things decide whether they suffice, and other things with the compiler's
+    other targets; these were found by trying (test_compile_matrix.py).
+    """
+    channel_scales = recipe.k_granularity == "channel"
     fp8 = recipe.k_format in _FP8
     if Dp == 64:
-        if fp8 or recipe.k_granularity == "channel":
-            return [_Mma(min_blocks=2)]
-        folded = recipe.folded_v  # its logarithms take the registers that Q would have
-        return [_Mma(beside=2 if folded else 4, query_in_registers=not folded, min_blocks=3)]
+        if fp8 or channel_scales:
+            return _with_less_memory(_Mma(min_blocks=2))
+        if not recipe.integer_p:
+            return _with_less_memory(_Mma(fence=8, min_blocks=3))
+        # The logarithms of folded V take the registers of products.
+        three = _Mma(beside=2 if recipe.folded_v else 4, query_in_registers=False, min_blocks=3)
+        four = _Mma(beside=0, query_in_registers=False, min_blocks=4)
+        if recipe.p_max == "running" or (recipe.folded_v and capability < 90):
+            return _with_less_memory(three)
+        return [four, *_with_less_memory(three)]
     if Dp == 128:
         if fp8:
-            return [_Mma(k_buffers=1, query_in_registers=False, min_blocks=2)]
-        return [_Mma(min_blocks=2), _Mma(k_buffers=1, min_blocks=2)]
-    # Registers are so short that small things decide; these were found by trying (test_compile_matrix.py).
-    stash = 0 if (recipe.folded_v and recipe.q_format == "int8") or recipe.v_format == "fp16" else 4
-    fence = 3 if floating and recipe.k_granularity != "channel" else 2
-    return [_Mma(k_buffers=1, beside=0, fence=fence, query_in_registers=False, stash=stash)]
+            stash = 8 if capability // 10 == 10 else 0
+            return [_Mma(buffers=1, fence=8, query_in_registers=False, min_blocks=2, stash=stash)]
+        return [_Mma(beside=8, min_blocks=2), _Mma(buffers=1, min_blocks=2)]
+    large = _Mma(buffers=1, beside=0, query_in_registers=False, fence=2)
+    if fp8:
+        return [replace(large, fence=3, stash=4)]
+    if not recipe.integer_p:
+        return [replace(large, fence=6 if recipe.q_format == "int8" else 2)]
+    if channel_scales:
+        if recipe.q_format == "int4":
+            return [replace(large, fence=3, stash=8)]
+        return [replace(large, fence=15, stash=8) if capability >= 100 else large]
+    if recipe.folded_v:
+        if capability >= 100:
+            return [replace(large, stash=8), replace(large, fence=10, stash=4)]
+        return [large]
+    if recipe.k_granularity == "token":
+        return [replace(large, stash=8) if capability >= 120 else large]
+    return [large if capability >= 90 else replace(large, fence=0)]
 
 
-_INTEGERS = ("int8", "int4")
+def _with_less_memory(option: _Mma) -> list[_Mma]:
+    return [option, replace(option, buffers=1)]
+
+
 _FP8 = ("e4m3", "e5m2")
 
 
@@ -277,9 +301,8 @@ def _mma_tile(recipe: Recipe, Dp: int, option: _Mma) -> Tile:
     # The map of attention_mma.cu, which checks the sum.
     scales = {"token": 4 * TILE, "channel": 4 * TILE * Dp // CHANNEL_GROUP}.get(recipe.k_granularity, 0)
     scales += 8 * TILE if recipe.folded_v else 0
-    shared = option.k_buffers * TILE * Dp * recipe.bits["k"] // 8
-    shared += option.v_buffers * TILE * Dp * recipe.bits["v"] // 8
-    shared += 2 * scales + 48
+    shared = option.buffers * TILE * Dp * (recipe.bits["k"] + recipe.bits["v"]) // 8
+    shared += 2 * scales + 64
     shared += option.warps * 32 * 16 * option.stash
     if recipe.q_granularity == "channel" and Dp > 64:
         shared += option.warps * 32 * 8 * (Dp // CHANNEL_GROUP)
@@ -289,8 +312,7 @@ def _mma_tile(recipe: Recipe, Dp: int, option: _Mma) -> Tile:
         "INTFA_DP": Dp,
         "INTFA_WARPS": option.warps,
         "INTFA_M_TILES": 1,
-        "INTFA_K_BUFFERS": option.k_buffers,
-        "INTFA_V_BUFFERS": option.v_buffers,
+        "INTFA_BUFFERS": option.buffers,
         "INTFA_BESIDE": option.beside,
         "INTFA_FENCE": option.fence,
         "INTFA_QUERY_IN_REGISTERS": int(option.query_in_registers),
@@ -322,8 +344,8 @@ def _mma_missing(recipe: Recipe, device: Device) -> Iterator[str]:
         yield f"folded V with K's scale per {recipe.k_granularity} (has all others)"
 
 
-def _mma_tiles(recipe: Recipe, Dp: int) -> list[Tile]:
-    return [_mma_tile(recipe, Dp, option) for option in _mma_options(recipe, Dp)]
+def _mma_tiles(recipe: Recipe, Dp: int, capability: int) -> list[Tile]:
+    return [_mma_tile(recipe, Dp, option) for option in _mma_options(recipe, Dp, capability)]
 
 
 # --- choosing -----------------------------------------------------------------------------------------------
@@ -341,7 +363,7 @@ def _int8_qk_missing(recipe: Recipe, k_granularities: tuple[str, ...]) -> Iterat
 
 @dataclass(frozen=True)
 class _Kernel:
-    tiles: Callable[[Recipe, int], list[Tile]]
+    tiles: Callable[[Recipe, int, int], list[Tile]]  # of padded head dimension and compute capability
     missing: Callable[[Recipe, Device], Iterator[str]]
     architectures: tuple[str, ...]  # that it is compiled and tested for
 
@@ -382,7 +404,7 @@ def _choose(name: str, recipe: Recipe, Dp: int, device: Device) -> tuple[Tile | 
     missing = list(_KERNELS[name].missing(recipe, device))
     if missing:
         return None, "lacks " + "; ".join(missing)
-    tiles = _KERNELS[name].tiles(recipe, Dp)
+    tiles = _KERNELS[name].tiles(recipe, Dp, device.capability)
     # The first that lets a multiprocessor hold the blocks it was compiled for, else the first that fits.
     for needs in (lambda tile: tile.min_blocks, lambda tile: 1):
         for tile in tiles:
@@ -434,4 +456,9 @@ def variants(name: str, recipe: Recipe, arch: str) -> list[Tile]:
         True for _ in kernel.missing(recipe, Device(arch, capability, 1, limit))
     ):
         return []
-    return [tile for Dp in (64, 128, 256) for tile in kernel.tiles(recipe, Dp) if tile.shared_memory <= limit]
+    return [
+        tile
+        for Dp in (64, 128, 256)
+        for tile in kernel.tiles(recipe, Dp, capability)
+        if tile.shared_memory <= limit
+    ]

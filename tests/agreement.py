@@ -39,9 +39,8 @@ class Rounding:
     score_units: float = 0.0
 
 
-#: The WMMA kernel rounds P from a float32 exponential. mma rounds it from a float16 one, which is off by up
-#: to 2**-12, and so by 255 / 4096 of a count: one P in twenty comes out as its neighbour. The Hopper kernel
-#: is held to the same bound, though its P is rounded once.
+#: All kernels round P once, from a float32 exponential; mma and wgmma are held to the looser bound of a P
+#: that is rounded to a float16 first, which is off by up to 2**-12, and so by 255 / 4096 of a count.
 #: Where K's scale is shared, mma has 12582912 + score as a float of the tensor cores, and one FMA takes
 #: 12582912 times the scale away again, rounded down: up to a unit in the last place of that product.
 ROUNDING = {

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture without a GPU, with all but stated registers kept.
+"""Every kernel compiles for every architecture without a GPU, and keeps all registers.
 
 Prints the report as a table (``pytest -s tests/test_compile_matrix.py``). The compiler's results are kept in
 the kernel cache, so that a second run takes seconds.
@@ -27,21 +27,15 @@ except jit.CompilerNotFoundError as error:
     pytest.skip(f"no NVRTC: {error}", allow_module_level=True)
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
-# The recipes that take different paths through a kernel; the last two on every other architecture only.
+# The recipes that take different paths through a kernel. Of mma, which is short of registers, all of them are
+# compiled everywhere; of the others, the last two on every other architecture only.
 RECIPES = ("int8", "int8-fast", "paper-int8", "half-int8")
 ALL_RECIPES_ON = ("sm_75", "sm_80", "sm_90a", "sm_120")
-# Formats that only the mma kernel has, on those architectures too.
+# Formats that only the mma kernel has.
 FORMATS = ("int4", "k4", "fp16", "fp8-e4m3")
 R = intfa.recipes()
 # Where the variants for unmasked problems and plain outputs are compiled too.
 UNMASKED_ON = ("sm_80", "sm_90a")
-# Spilled bytes (stores and loads) still to be removed, all at d = 256: int8-fast on sm_80 to sm_89 and
-# sm_100, int4, and k4 on sm_120. None of the others here has any.
-KNOWN_SPILLS = {
-    "attention_mma int8-fast d=256": 24,
-    "attention_mma int4 d=256": 168,
-    "attention_mma k4 d=256": 100,
-}
 
 
 @dataclass(frozen=True)
@@ -66,13 +60,13 @@ def chosen(kernel: str, name: str, arch: str) -> list[tiles.Tile]:
 
 def attention_jobs(kernel: str) -> Iterator[Job]:
     for arch in ARCHITECTURES:
-        for name in RECIPES + FORMATS if arch in ALL_RECIPES_ON else RECIPES[:2]:
+        for name in RECIPES + FORMATS if kernel == "mma" or arch in ALL_RECIPES_ON else RECIPES[:2]:
             for tile in chosen(kernel, name, arch):
                 defines = tile.defines("float16")
                 Dp = defines.get("INTFA_DP", defines.get("DP"))
                 label = f"{name} d={Dp} {tile.rows} rows {tile.shared_memory:,} B"
                 yield Job(tile.entry, arch, label, tuple(defines.items()))
-                if tile.specializes and name in RECIPES[:2] and arch in UNMASKED_ON:
+                if tile.specializes and arch in UNMASKED_ON:
                     plain = replace(tile, masked=False).defines("float16", pairs=True)
                     yield Job(tile.entry, arch, f"{label} unmasked", tuple(plain.items()))
 
@@ -109,7 +103,7 @@ def table(reports: list[tuple[Job, jit.CompileReport]]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["quantize", *tiles.DESCRIPTION])
-def test_compiles_for_every_architecture_without_new_spills(source: str) -> None:
+def test_compiles_for_every_architecture_without_spills(source: str) -> None:
     """Every tile; what the compiler had to undo (wgmma in parallel, register reallocation) counts, too."""
     reports = compile_all(quantizer_jobs() if source == "quantize" else attention_jobs(source))
     assert reports
@@ -117,7 +111,7 @@ def test_compiles_for_every_architecture_without_new_spills(source: str) -> None
     bad = []
     for job, report in reports:
         faults = [*report.serialized, *report.setmaxnreg_ignored]
-        if report.spill_bytes > KNOWN_SPILLS.get(" ".join((job.source, *job.label.split()[:2])), 0):
+        if report.spill_bytes:
             faults.append(f"{report.spill_bytes} bytes of registers spilled to memory")
         bad += [f"{job.source} {job.arch} {job.label}: {fault}" for fault in faults]
     assert not bad, "\n".join(bad)

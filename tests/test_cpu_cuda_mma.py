@@ -131,10 +131,9 @@ def test_attention_mma(variant: Variant, data: st.DataObject) -> None:
     problem = case.problem(variant.recipe, out_dtype=variant.out_dtype)
     qkv = quantize_numpy(*case.logical(), variant.recipe)
     operands = hk.packed_operands(qkv)
-    # The shim's bulk copies are done when they are issued, which is first only in this order.
-    orders = ("ascending",) if variant.bulk else ("ascending", "descending")
     runs = [
-        hk.attention(operands, problem, variant.tile, order, module=module_of(variant)) for order in orders
+        hk.attention(operands, problem, variant.tile, order, module=module_of(variant))
+        for order in ("ascending", "descending")
     ]
     for one, other in zip(runs[0], runs[-1], strict=True):
         assert one is not None and other is not None
@@ -142,6 +141,25 @@ def test_attention_mma(variant: Variant, data: st.DataObject) -> None:
     out, lse = runs[0]
     assert lse is not None
     check_against_model(qkv, case, problem, out, lse, ROUNDING["mma"])
+
+
+@pytest.mark.parametrize(("Dp", "buffers"), [(64, 2), (64, 1), (256, 1)])
+def test_no_buffer_is_filled_before_all_warps_have_left_it(Dp: int, buffers: int) -> None:
+    """More tiles than buffers, copied whole; the shim copies at once, and holds up some of the warps."""
+    tile = next(
+        t
+        for t in tiles.variants("mma", R["int8-fast"], "sm_90")
+        if (t.defines("float32")["INTFA_DP"], t.defines("float32")["INTFA_BUFFERS"]) == (Dp, buffers)
+    )
+    variant = Variant(R["int8-fast"], Dp, tile, bulk=True, pairs=False, out_dtype="float32")
+    case = sts.Case(B=1, H=1, Hkv=1, Sq=64, Sk=5 * 128, D=Dp)
+    problem = case.problem(variant.recipe, out_dtype=variant.out_dtype)
+    qkv = quantize_numpy(*case.logical(), variant.recipe)
+    operands = hk.packed_operands(qkv)
+    for order in ("descending", 1, 2, 3, 4):
+        out, lse = hk.attention(operands, problem, variant.tile, order, module=module_of(variant))
+        assert lse is not None
+        check_against_model(qkv, case, problem, out, lse, ROUNDING["mma"])
 
 
 @pytest.mark.parametrize("name", ["int8-fast", "fp16"])

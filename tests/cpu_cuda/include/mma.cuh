@@ -151,30 +151,37 @@ inline void copy16_async(uint32 shared, const void* global) {
 // --- barriers of Hopper, whose copies are done at once ------------------------------------------------------------
 
 struct Arrival {
-    short arrivals;  // still to come in this phase
-    short phases;    // completed
-    int bytes;       // still to come
+    unsigned char expected;  // arrivals of a phase
+    unsigned char arrivals;  // still to come in this one
+    unsigned short phases;   // completed
+    int bytes;               // still to come
 };
 
 __attribute__((no_sanitize("thread"))) inline void advance(Arrival& barrier) {
     if (barrier.arrivals != 0 || barrier.bytes != 0) return;
-    barrier.arrivals = 1;
+    barrier.arrivals = barrier.expected;
     ++barrier.phases;
 }
 __attribute__((no_sanitize("thread"))) inline void barrier_init(uint32 barrier, int arrivals) {
-    if (arrivals != 1) __trap();
-    shared_at<Arrival>(barrier) = {1, 0, 0};
+    const auto count = static_cast<unsigned char>(arrivals);
+    shared_at<Arrival>(barrier) = {count, count, 0, 0};
 }
 inline void barrier_init_fence() {}
 __attribute__((no_sanitize("thread"))) inline void barrier_expect(uint32 barrier, int bytes) {
     Arrival& here = shared_at<Arrival>(barrier);
+    if (here.arrivals == 0) __trap();  // one too many
     --here.arrivals;
     here.bytes += bytes;
     advance(here);
 }
-// The threads that issue copies come first in ascending order: a phase that is not there now never will be.
-__attribute__((no_sanitize("thread"))) inline void barrier_wait(uint32 barrier, unsigned parity) {
-    if (static_cast<unsigned>(shared_at<Arrival>(barrier).phases) % 2 == parity) __trap();
+inline void barrier_arrive(uint32 barrier) { barrier_expect(barrier, 0); }
+
+template <unsigned parity>
+__attribute__((no_sanitize("thread"))) inline bool phase_is_over(const void* barrier) {
+    return static_cast<const Arrival*>(barrier)->phases % 2 != parity;
+}
+inline void barrier_wait(uint32 barrier, unsigned parity, cpu_cuda::Site site = cpu_cuda::Site::here()) {
+    cpu_cuda::wait_until(parity != 0 ? phase_is_over<1> : phase_is_over<0>, shared_pointer(barrier), site);
 }
 inline void bulk_copy(uint32 shared, const void* global, int bytes, uint32 barrier) {
     for (int i = 0; i < bytes; i += 16) copy16_async(shared + static_cast<uint32>(i), static_cast<const char*>(global) + i);
@@ -188,6 +195,7 @@ inline void bulk_copy(uint32 shared, const void* global, int bytes, uint32 barri
 
 inline uint32 thread_now() { return threadIdx.x; }
 inline uint32 kept(uint32 x) { return x; }
+inline void forget(uint32&) {}
 
 template <int format>
 inline uint32 pack2(float x, float y) {
@@ -203,11 +211,6 @@ inline float fma_down(float a, float b, float c) {
     const double exact = static_cast<double>(a) * b + c;  // but for the last places of a double
     const float nearest = static_cast<float>(exact);
     return nearest > exact ? nextafterf(nearest, -infinity()) : nearest;
-}
-
-inline uint32 round2(float x, float y) {
-    const __half low = __float2half_rn(x), high = __float2half_rn(y);
-    return pack_halves(__half2float(low) + 1024.0f, __half2float(high) + 1024.0f);
 }
 
 inline uint32 low_nibbles(uint32 word) { return word << 4 & 0xf0f0f0f0u; }
