@@ -69,6 +69,8 @@ def jobs(sanitizer: bool, seeds: int) -> list[Job]:
     for name in ("attention", "accuracy"):
         test = str(TESTS / f"test_gpu_{name}.py")
         found.append(Job(f"other-{name}", (*pytest, test, "-k", "not agree_with_the_model")))
+    exact = (str(TESTS / f"test_{name}.py") for name in ("evaluate", "reproduce"))
+    found.append(Job("other-exact", (*pytest, *exact)))
     if sanitizer:
         for kernel in KERNELS:
             for tool in TOOLS:

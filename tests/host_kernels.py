@@ -52,6 +52,8 @@ def attention(
     out_strides: tuple[int, ...] | None = None,
     return_lse: bool = True,
     module: cpu_cuda.Module | None = None,
+    blocks: int | None = None,
+    **launch: Any,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Launch an attention kernel and return out (B, H, Sq, D) in the problem's dtype and lse (B, H, Sq).
 
@@ -63,6 +65,10 @@ def attention(
         Of out, in elements.
     module : Module, optional
         A kernel other than the source's own.
+    blocks : int, optional
+        Of the grid, where the kernel is persistent; else one for each item of work.
+    **launch
+        More options of `cpu_cuda.Module.launch`.
     """
     B, H, Sq, D = problem.B, problem.H, problem.Sq, problem.D
     module = module or _module(tile, problem.out_dtype)
@@ -87,7 +93,9 @@ def attention(
     }  # fmt: skip
     for name, size in sizes.items():
         params[name] = size
-    module.launch(tile.entry, B * H * row_blocks, tile.threads, [params[()]], tile.shared_memory, order)
+    items = B * H * row_blocks
+    grid = items if blocks is None else min(blocks, items)
+    module.launch(tile.entry, grid, tile.threads, [params[()]], tile.shared_memory, order, **launch)
     assert out.written().all(), "elements of out were left unwritten"
     assert lse is None or lse.written().all(), "elements of lse were left unwritten"
     return out.numpy(), None if lse is None else lse.numpy()

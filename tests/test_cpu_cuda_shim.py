@@ -335,6 +335,14 @@ def test_byte_functions(primitives: cpu_cuda.Module, rng: np.random.Generator) -
     assert np.array_equal(got[:, 3], (wide >> (selectors & 31).astype(np.uint64)).astype(np.uint32))
 
 
+def test_negative_bytes_and_largest_of_three(primitives: cpu_cuda.Module, rng: np.random.Generator) -> None:
+    x = rng.integers(-(2**31), 2**31, (200, 4)).astype(np.int32)
+    out = cpu_cuda.empty((200, 2), np.int32, "out")
+    primitives.launch("negative_and_largest", 2, 64, [cpu_cuda.array(x), out, 200])
+    negative = (0 - x[:, :1].copy().view(np.uint8)).view(np.int32)[:, 0]
+    np.testing.assert_array_equal(out.numpy(), np.stack([negative, x[:, 1:].max(axis=1)], 1))
+
+
 def test_arithmetic(primitives: cpu_cuda.Module, rng: np.random.Generator) -> None:
     x = rng.standard_normal((500, 4)).astype(np.float32)
     out = cpu_cuda.empty((500, 4), np.float32, "out")
@@ -396,6 +404,7 @@ PLANTED = [
     Planted("uninitialised_shared", [INTS], UNWRITTEN, "byte 20 of shared `words`"),
     Planted("divergent_barrier", [INTS], DIVERGED, "__syncthreads at faults.cu", block=64),
     Planted("divergent_warps", [INTS], DIVERGED, "threads 0-31: __syncthreads.*threads 32-63", block=64),
+    Planted("closed_memory_barrier", [INTS], DIVERGED, "threads 0-0: a barrier in memory.*ended", block=64),
     Planted("divergent_shuffle", [INTS], DIVERGED, "threads 3-3: ended"),
     Planted("divergent_product", [WIDE], DIVERGED, "store_matrix_sync.*threads 31-31: ended"),
     Planted("lane_outside_of_mask", [INTS], DIVERGED, "mask 0x0000ffff"),

@@ -19,6 +19,8 @@ from .toolchain import DYNAMIC_SHARED_BYTES, Built, compile_kernels, runtime, un
 __all__ = ["Module", "build", "build_all", "unavailable"]
 
 Order = Literal["ascending", "descending"] | int
+#: When asynchronous work is done: when somebody waits for it, or at once.
+Asynchronous = Literal["late", "early"]
 Dim = int | Sequence[int]
 
 
@@ -82,6 +84,7 @@ class _Launch(ctypes.Structure):
         ("order", ctypes.c_uint32),
         ("uninitialised_shared_is_a_fault", ctypes.c_uint32),
         ("races_are_faults", ctypes.c_uint32),
+        ("asynchronous_is_late", ctypes.c_uint32),
         ("accesses", ctypes.c_uint64),
         ("fault_pc", ctypes.c_uint64),
         ("fault", ctypes.c_int),
@@ -128,6 +131,7 @@ class Module:
         order: Order = "ascending",
         check_uninitialised_shared: bool = True,
         check_races: bool = True,
+        asynchronous: Asynchronous = "late",
         access_limit: int = 1 << 32,
     ) -> int:
         """Run a kernel to its end.
@@ -149,6 +153,8 @@ class Module:
             Whether reading shared memory that nobody wrote is an error. The memory is all ones if not.
         check_races : bool
             Whether accesses by two threads without a barrier between them are an error.
+        asynchronous : {"late", "early"}
+            When asynchronous copies and products are done: when somebody waits for them, or at once.
         access_limit : int
             Memory accesses after which the kernel is taken to run for ever.
 
@@ -189,6 +195,7 @@ class Module:
                 order=_ORDERS[order] if isinstance(order, str) else 2,
                 uninitialised_shared_is_a_fault=int(check_uninitialised_shared),
                 races_are_faults=int(check_races),
+                asynchronous_is_late=int(asynchronous == "late"),
             )
             fault = runtime().cpu_cuda_launch(ctypes.byref(request))
         if fault:

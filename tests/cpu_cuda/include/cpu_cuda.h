@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace cpu_cuda {
 
@@ -48,6 +49,8 @@ enum class Op : int {
     fragment_load,
     fragment_store,
     fragment_mma,
+    memory_barrier,
+    numbered_barrier,
 };
 
 struct Votes {
@@ -56,6 +59,14 @@ struct Votes {
 };
 Votes block_barrier(Op op, int predicate, Site site);
 void warp_barrier(unsigned mask, Site site);
+// Let other threads run until holds(memory): a barrier that is a variable.
+void wait_until(bool (*holds)(const void*), const void* memory, Site site, Op op = Op::memory_barrier);
+// Who has arrived somewhere and goes on may be late too.
+inline void wait_perhaps(Site site) {
+    wait_until([](const void*) { return true; }, nullptr, site);
+}
+// A barrier of `threads` threads, some of which may only arrive.
+void numbered_barrier(int number, int threads, bool wait, Site site);
 std::uint64_t shuffle(Op op, std::uint64_t bits, int operand, int width, unsigned mask, Site site);
 unsigned ballot(unsigned mask, int predicate, Site site);
 unsigned reduce(Op op, unsigned mask, unsigned value, Site site);
@@ -76,6 +87,30 @@ struct Fragment {
 void fragment_load(Fragment destination, const void* source, unsigned stride, bool row_major, Site site);
 void fragment_store(void* destination, Fragment source, unsigned stride, bool row_major, Site site);
 void fragment_mma(Fragment d, Fragment a, Fragment b, Fragment c, Site site);
+
+// --- asynchronous work --------------------------------------------------------------------------------------
+
+// What runs beside the thread that issued it is done at one of two extremes, as the launch asks: at once, or as late
+// as possible, when somebody waits for it.
+bool works_late();
+void put_off(std::uint64_t key, void (*run)(const void* what), const void* what, std::size_t bytes);
+bool is_put_off(std::uint64_t key);
+// Do what was put off under the key, in the order in which it was put off.
+void carry_out(std::uint64_t key);
+// These bytes of shared memory hold no value any more; do they all hold one?
+void forget(void* memory, std::size_t bytes);
+bool holds_value(const void* memory, std::size_t bytes);
+
+constexpr std::size_t kWorkBytes = 64;
+
+// Do work() now or put it off. The memory that it will write holds no value until then.
+template <class Work>
+inline void start(std::uint64_t key, void* written, std::size_t bytes, const Work& work) {
+    static_assert(sizeof(Work) <= kWorkBytes && std::is_trivially_copyable<Work>::value, "work is kept as bytes");
+    if (!works_late()) return work();
+    if (written != nullptr) forget(written, bytes);
+    put_off(key, [](const void* what) { (*static_cast<const Work*>(what))(); }, &work, sizeof work);
+}
 
 // --- the rest -----------------------------------------------------------------------------------------------
 

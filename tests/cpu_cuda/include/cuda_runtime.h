@@ -238,6 +238,17 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     return result;
 }
 
+// Each byte's negative, which wraps around.
+inline unsigned __vneg4(unsigned x) {
+    unsigned result = 0;
+    for (int i = 0; i < 32; i += 8) result |= ((0u - (x >> i & 255u)) & 255u) << i;
+    return result;
+}
+inline int __vimax3_s32(int a, int b, int c) {
+    const int x = a > b ? a : b;
+    return x > c ? x : c;
+}
+
 // Sums wrap around, as the hardware's do.
 inline int __dp4a(int a, int b, int sum) {
     unsigned result = static_cast<unsigned>(sum);

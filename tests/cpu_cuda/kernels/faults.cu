@@ -155,6 +155,19 @@ extern "C" __global__ void divergent_warps(int* out, int bad) {
     out[threadIdx.x] = 1;
 }
 
+// Nobody does what one thread waits for.
+extern "C" __global__ void closed_memory_barrier(int* out, int bad) {
+    __shared__ int arrived[1];
+    if (threadIdx.x == 0) arrived[0] = 0;
+    __syncthreads();
+    if (threadIdx.x == 63 && !bad) arrived[0] = 1;
+    const auto open = [](const void* memory) __attribute__((no_sanitize("thread"))) {
+        return *static_cast<const int*>(memory) != 0;
+    };
+    if (threadIdx.x == 0) cpu_cuda::wait_until(open, arrived, cpu_cuda::Site::here());
+    out[threadIdx.x] = 1;
+}
+
 extern "C" __global__ void divergent_shuffle(int* out, int bad) {
     int value = threadIdx.x;
     if (!bad || threadIdx.x != 3) value = __shfl_xor_sync(0xffffffffu, value, 1);

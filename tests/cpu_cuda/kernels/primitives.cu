@@ -229,6 +229,10 @@ extern "C" __global__ void bytes(const uint2* x, const unsigned* selectors, uint
     }
 }
 
+extern "C" __global__ void negative_and_largest(const int4* x, int2* out, int n) {
+    FOR_EACH(n) out[i] = make_int2(static_cast<int>(__vneg4(x[i].x)), __vimax3_s32(x[i].y, x[i].z, x[i].w));
+}
+
 extern "C" __global__ void arithmetic(const float4* x, float4* out, int n) {
     FOR_EACH(n) {
         const float4 v = __ldg(x + i);

@@ -24,6 +24,8 @@ char* stacks = nullptr;
 std::vector<unsigned> warp_order;
 std::vector<unsigned> lane_order;
 Votes votes{};
+std::mt19937_64 delays;
+std::uint64_t late_warps = 0;  // at barriers in memory, until all others wait
 
 // A collective that some lanes of a warp have reached and others not yet.
 struct Meeting {
@@ -50,6 +52,8 @@ const char* name(Op op) {
         case Op::fragment_load: return "load_matrix_sync";
         case Op::fragment_store: return "store_matrix_sync";
         case Op::fragment_mma: return "mma_sync";
+        case Op::memory_barrier: return "a barrier in memory";
+        case Op::numbered_barrier: return "a numbered barrier";
         default: return "a warp reduction";
     }
 }
@@ -120,6 +124,18 @@ void run_warp(unsigned warp) {
     }
 }
 
+// Let go on who waits for what meanwhile holds; is there anybody?
+bool open_memory_barriers() {
+    bool any = false;
+    if (launch->order == Order::shuffled) late_warps = delays();
+    for (Fibre& f : fibres) {
+        if (f.state != State::at_memory_barrier || !f.holds(f.memory)) continue;
+        f.state = State::ready;
+        any = true;
+    }
+    return any;
+}
+
 // All threads wait or have ended: open the barrier they stand at, or say why it cannot open.
 void open_barrier() {
     const Fibre* first = nullptr;
@@ -143,6 +159,7 @@ void open_barrier() {
 
 void run_block() {
     begin_block();
+    begin_asynchronous();
     for (auto& of_warp : meetings) of_warp.clear();
     for (Fibre& f : fibres) {
         f.state = State::ready;
@@ -154,6 +171,7 @@ void run_block() {
             run_warp(warp);
             if (launch->fault != Fault::none) return;
         }
+        if (open_memory_barriers()) continue;
         if (std::all_of(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.state == State::done; })) return;
         open_barrier();
         if (launch->fault != Fault::none) return;
@@ -199,6 +217,17 @@ Votes block_barrier(Op op, int predicate, Site site) {
     current->predicate = predicate;
     wait_for_others();
     return votes;
+}
+
+void wait_until(bool (*holds)(const void*), const void* memory, Site site, Op op) {
+    // Who need not wait may be late all the same.
+    if (holds(memory) && !(late_warps >> current->warp() & 1u)) return;
+    current->state = State::at_memory_barrier;
+    current->op = op;
+    current->site = site;
+    current->holds = holds;
+    current->memory = memory;
+    wait_for_others();
 }
 
 void warp_collective(Op op, unsigned mask, Site site, void* payload, void (*complete)(Op, void**)) {
@@ -270,6 +299,8 @@ extern "C" int cpu_cuda_launch(Launch* request) {
                     i / request->block[0] / request->block[1]};
     }
     std::mt19937_64 random(request->seed);
+    delays.seed(request->seed);
+    late_warps = 0;
     const std::size_t warps = (threads + kWarp - 1) / kWarp;
     meetings.resize(warps);
     std::vector<unsigned> blocks;

@@ -354,6 +354,28 @@ void check_write(void* address, std::size_t bytes, void* pc) {
     check<Access::write>(reinterpret_cast<std::uintptr_t>(address), bytes, pc);
 }
 
+// The cells of bytes of shared memory, and none other.
+static Cell* cells_of_shared(const void* memory, std::size_t bytes, Access access, void* pc) {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    const std::uintptr_t first = address - shared_begin;
+    if (first >= shared_cells.size() || bytes > shared_cells.size() - first)
+        access_fault(Fault::out_of_bounds, access, address, bytes, pc, 0);
+    Cell* cells = &shared_cells[first];
+    if (std::any_of(cells, cells + bytes, [](const Cell& cell) { return cell.writer == kOutside; }))
+        access_fault(Fault::out_of_bounds, access, address, bytes, pc, 0);
+    return cells;
+}
+
+void forget(void* memory, std::size_t bytes) {
+    Cell* cells = cells_of_shared(memory, bytes, Access::write, __builtin_return_address(0));
+    if (launch->uninitialised_shared_is_a_fault) std::fill_n(cells, bytes, Cell{kUnwritten, 0});
+}
+
+bool holds_value(const void* memory, std::size_t bytes) {
+    const Cell* cells = cells_of_shared(memory, bytes, Access::read, __builtin_return_address(0));
+    return std::none_of(cells, cells + bytes, [](const Cell& cell) { return cell.writer == kUnwritten; });
+}
+
 void atomic_access(const void* address, std::size_t bytes) {
     check<Access::atomic>(reinterpret_cast<std::uintptr_t>(address), bytes, __builtin_return_address(0));
 }

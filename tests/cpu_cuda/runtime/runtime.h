@@ -45,6 +45,7 @@ struct Launch {
     Order order;
     std::uint32_t uninitialised_shared_is_a_fault;
     std::uint32_t races_are_faults;
+    std::uint32_t asynchronous_is_late;
     // results
     std::uint64_t accesses;
     std::uint64_t fault_pc;
@@ -56,7 +57,7 @@ constexpr unsigned kWarp = 32;
 constexpr unsigned kMaxThreads = 1024;
 constexpr std::size_t kStackBytes = 256 * 1024;
 
-enum class State { ready, at_block_barrier, in_warp_collective, done };
+enum class State { ready, at_block_barrier, in_warp_collective, at_memory_barrier, done };
 
 struct Fibre {
     Context context;
@@ -68,6 +69,8 @@ struct Fibre {
     Site site{};
     unsigned mask = 0;
     int predicate = 0;
+    bool (*holds)(const void*) = nullptr;  // at_memory_barrier: when it opens
+    const void* memory = nullptr;
 
     unsigned warp() const { return linear / kWarp; }
     unsigned lane() const { return linear % kWarp; }
@@ -101,6 +104,8 @@ void check_read(const void* address, std::size_t bytes, void* pc);
 void check_write(void* address, std::size_t bytes, void* pc);
 
 // --- execution (block.cpp) ----------------------------------------------------------------------------------
+
+void begin_asynchronous();  // at the start of a block (asynchronous.cpp)
 
 extern Fibre* current;  // null while the scheduler itself runs
 extern Launch* launch;
