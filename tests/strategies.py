@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
-from intfa_cupy import Recipe, recipes
+from intfa_cupy import Recipe, packing, recipes
 from intfa_cupy.problem import Problem, default_scale, normalize_window
-from intfa_cupy.quantized import scale_shape
+from intfa_cupy.quantized import TILE, scale_shape
 
 #: Lengths around the ends of a tile (128 keys), a tensor-core step (32) and a block of queries.
 LENGTHS = (1, 2, 7, 8, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 130, 255, 256, 257, 300)
@@ -403,3 +403,32 @@ def integer_arrays(recipe: Recipe, case: Case) -> dict[str, Any]:
         shape = scale_shape(granularity, case.B, heads, S, case.D, of_v=which == "v")
         made[f"{which}_scale"] = (rng.uniform(1, 3, shape) / most).astype(np.float32)
     return made
+
+
+def kernel_cases(
+    Dp: int, lengths: Sequence[int], *, masked: bool = True, plain: bool = False, max_heads: int = 2
+) -> st.SearchStrategy[Case]:
+    """Calls for a kernel on the host shim: finite scores, contiguous float32 operands.
+
+    Parameters
+    ----------
+    Dp : int
+        The padded head dimension that the kernel was compiled for.
+    lengths : sequence of int
+    masked : bool
+        Whether it was compiled for masks; else every key is visible and Sk a multiple of a tile.
+    plain : bool
+        Only D = Dp.
+    max_heads : int
+        Most query heads.
+    """
+    found = cases(
+        lengths=lengths,
+        head_dims=(Dp,) if plain else [D for D in HEAD_DIMS if packing.padded_head_dim(D) == Dp],
+        dtypes=("float32",),
+        distributions=[d for d in DISTRIBUTIONS if d != "huge"],
+        masks=masked,
+        memory=False,
+        max_heads=max_heads,
+    )
+    return found if masked else found.map(lambda case: case.replace(Sk=-(-case.Sk // TILE) * TILE))

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import intfa_cupy as intfa
-from intfa_cupy import QuantizedQKV, Recipe, packing, tiles
+from intfa_cupy import QuantizedQKV, Recipe, tiles
 from intfa_cupy.problem import Problem
 from intfa_cupy.quantize import quantize_numpy
 from intfa_cupy.quantized import scale_shape
@@ -106,13 +106,8 @@ def run_both_orders(
 def test_attention_wmma(data: st.DataObject, variant: Variant) -> None:
     """Any shape, mask and distribution."""
     case = data.draw(
-        sts.cases(
-            lengths=(1, 2, 15, 16, 17, 33, 64, 65, 100, 127, 128, 129, 160, 257, 300),
-            head_dims=[D for D in sts.HEAD_DIMS if packing.padded_head_dim(D) == variant.Dp],
-            dtypes=("float32",),
-            distributions=[d for d in sts.DISTRIBUTIONS if d != "huge"],
-            memory=False,
-            max_heads=3,
+        sts.kernel_cases(
+            variant.Dp, (1, 2, 15, 16, 17, 33, 64, 65, 100, 127, 128, 129, 160, 257, 300), max_heads=3
         )
     )
     qkv = quantize_numpy(*case.logical(), variant.recipe)

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import intfa_cupy as intfa
-from intfa_cupy import Recipe, packing, tiles
+from intfa_cupy import Recipe, tiles
 from intfa_cupy.kernel_source import source_dir
 from intfa_cupy.quantize import quantize_numpy
 from intfa_cupy.tiles import Tile
@@ -113,21 +113,8 @@ def module_of(variant: Variant) -> Any:
 def test_attention_mma(variant: Variant, data: st.DataObject) -> None:
     """Any shape, mask and distribution; where the kernel was compiled for unmasked problems, those."""
     masked = variant.tile.masked
-    case = data.draw(
-        sts.cases(
-            lengths=(1, 15, 33, 64, 65, 127, 128, 129, 257) if masked else (1, 33, 64, 128, 256),
-            head_dims=[D for D in sts.HEAD_DIMS if packing.padded_head_dim(D) == variant.Dp]
-            if masked
-            else (variant.Dp,),
-            dtypes=("float32",),
-            distributions=[d for d in sts.DISTRIBUTIONS if d != "huge"],
-            masks=masked,
-            memory=False,
-            max_heads=2,
-        )
-    )
-    if not masked:
-        case = case.replace(Sk=-(-case.Sk // 128) * 128)
+    lengths = (1, 15, 33, 64, 65, 127, 128, 129, 257) if masked else (1, 33, 64, 128, 256)
+    case = data.draw(sts.kernel_cases(variant.Dp, lengths, masked=masked, plain=not masked))
     problem = case.problem(variant.recipe, out_dtype=variant.out_dtype)
     qkv = quantize_numpy(*case.logical(), variant.recipe)
     operands = hk.packed_operands(qkv)

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import intfa_cupy as intfa
-from intfa_cupy import QuantizedQKV, Recipe, packing, tiles
+from intfa_cupy import QuantizedQKV, Recipe, tiles
 from intfa_cupy.kernel_source import source_dir
 from intfa_cupy.problem import Problem
 from intfa_cupy.quantize import quantize_numpy
@@ -165,21 +165,8 @@ def check_on_schedules(
 def test_attention_wgmma(variant: Variant, data: st.DataObject) -> None:
     """Any shape, mask, distribution and place of the output, so far as the kernel was compiled for it."""
     masked = variant.tile.masked
-    case = data.draw(
-        sts.cases(
-            lengths=(1, 15, 63, 65, 129, 193)[: 5 if variant.Dp == 256 else 6] if masked else (1, 64, 129),
-            head_dims=(variant.Dp,)
-            if variant.pairs
-            else [D for D in sts.HEAD_DIMS if packing.padded_head_dim(D) == variant.Dp],
-            dtypes=("float32",),
-            distributions=[d for d in sts.DISTRIBUTIONS if d != "huge"],
-            masks=masked,
-            memory=False,
-            max_heads=2,
-        )
-    )
-    if not masked:
-        case = case.replace(Sk=-(-case.Sk // 128) * 128)
+    lengths = (1, 15, 63, 65, 129, 193)[: 5 if variant.Dp == 256 else 6] if masked else (1, 64, 129)
+    case = data.draw(sts.kernel_cases(variant.Dp, lengths, masked=masked, plain=variant.pairs))
     case = case.replace(scale=data.draw(st.sampled_from((case.scale, -0.2, 0.0))))
     strides = {
         "bhsd": None,
