@@ -13,7 +13,7 @@
 // m_ref is the maximum of the row's first visible tile and moves, O and l with it, only when a tile exceeds it by more
 // than 60. With kRunning P stands against m_ref itself, which then follows the running maximum: the online softmax.
 //
-// A warp owns 16 * M_TILES query rows and all keys; Q, S, P and O are register fragments. Lane 4r+q of a score
+// A warp owns 16 query rows and all keys; Q, S, P and O are register fragments. Lane 4r+q of a score
 // fragment holds keys 8i+2q, 8i+2q+1 of rows r and r+8. A 16-bit operand of the second product wants just these; an
 // 8-bit one wants four neighbours 4q..4q+3, and the quantiser stores V's keys in the order that makes them coincide
 // (packing.py). So P never moves between lanes.
@@ -26,7 +26,8 @@
 // memory, V of tile t arrives during its Q K^T, and K of tile t+1 during the softmax and P V of tile t.
 // All threads copy by cp.async, 16 bytes each at a time, and block barriers say when a buffer is full and when it is
 // free. From sm_90 on one thread has whole tiles copied; barriers in shared memory say the same, and no warp waits for
-// the others, but for the one with that thread, which finds that they have long left the buffer.
+// the others, but for the one with that thread, which finds that they have long left the buffer. Of 16-bit V, which is
+// swizzled on its way, that holds for K alone.
 //
 // Shared memory (dynamic, SMEM bytes): K buffers, V buffers, two buffers of scales, Q if it does not stay in registers,
 // scores and scales of Q's groups for which there are no registers, what the loop seldom needs, barriers.
@@ -46,7 +47,6 @@ namespace intfa {
 
 constexpr int Dp = INTFA_DP;
 constexpr int kWarps = INTFA_WARPS;
-constexpr int kM = INTFA_M_TILES;                        // 16-row fragments per warp
 constexpr int kBuffers = INTFA_BUFFERS;                  // of K and of V
 constexpr int kBeside = INTFA_BESIDE;                    // 16-channel blocks of integer P V beside the exponentials
 constexpr bool kQueryInRegisters = INTFA_QUERY_IN_REGISTERS;
@@ -64,12 +64,11 @@ constexpr int kStash = INTFA_STASH;                      // fragments of 8 keys 
 constexpr int kFence = INTFA_FENCE;
 // The caller knows that every row sees every key and that Sk is a multiple of 128 (0), or not (1).
 constexpr bool kMasked = INTFA_MASKED;
-// The caller knows that D = Dp, that channels of out are neighbours, its other strides even and its address aligned.
+// The caller knows that D = Dp, that channels of out are neighbours, and that its rows start at multiples of 16 bytes.
 constexpr bool kOutPairs = INTFA_OUT_PAIRS;
 using Out = Element<INTFA_OUT>;
 
-constexpr int kRowsPerWarp = 16 * kM;
-constexpr int kRows = kWarps * kRowsPerWarp;
+constexpr int kRows = kWarps * 16;
 constexpr int kThreads = kWarps * 32;
 
 // What a score is before it is scaled.
@@ -134,8 +133,8 @@ constexpr int kScaleBytes = kTokenScale ? 4 * kTileKeys : kGrouped ? 4 * kTileKe
 constexpr bool kGroupsInShared = kQueryChannelScale && Dp > 64;  // scales of Q's groups of channels
 constexpr int kAuxBytes = kScaleBytes + (kFolded ? 8 * kTileKeys : 0);
 
-// Where tiles can be copied whole, one thread does it, and a barrier in shared memory says when one is there. 16-bit V
-// is swizzled on its way and cannot be copied so.
+// Where tiles can be copied whole (kBulkCopies), one thread does it, and a barrier in shared memory says when one is
+// there. Is V copied so, too?
 constexpr bool kBulk = kBulkCopies && !kWideV;
 
 struct Map {
@@ -144,7 +143,7 @@ struct Map {
     static constexpr int aux = value + kBuffers * kValueBytes;
     static constexpr int query = aux + 2 * kAuxBytes;
     static constexpr int stash = query + (kQueryInRegisters ? 0 : kRows * Dp * kQueryBits / 8);
-    static constexpr int groups = stash + kM * kStash * kThreads * 16;
+    static constexpr int groups = stash + kStash * kThreads * 16;
     static constexpr int seldom = groups + (kGroupsInShared ? kThreads * kGroups * 8 : 0);
     // kBulk: two barriers each. Two buffers: of K and V in the same one; one: of K, of V.
     static constexpr int full = seldom + 32;
@@ -181,8 +180,7 @@ struct Item {
             block_row = p.row_blocks - 1 - block_row;
         }
         row = block_row * kRows;
-        const int batch = head / p.heads;
-        kv_head = batch * p.kv_heads + (head - batch * p.heads) / group;
+        kv_head = head / group;
     }
 };
 
@@ -229,7 +227,7 @@ struct Tiles {
     // Where registers are short, these numbers are read again for every tile.
     __device__ __forceinline__ Tiles recalled() const {
         if (!kShort) return *this;
-        const int4 x = load_ints(shared + Map::seldom + 16);
+        const int4 x = load_int4(shared + Map::seldom + 16);
         return {p, shared, x.x, x.y, x.z};
     }
 
@@ -248,7 +246,7 @@ struct Tiles {
     __device__ __forceinline__ int buffer_of(int tile) const { return kBuffers == 2 ? parity_of(tile) : 0; }
 
     __device__ __forceinline__ void start() const {
-        if constexpr (kBulk) {
+        if constexpr (kBulkCopies) {
             if (threadIdx.x == 0) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
@@ -263,7 +261,7 @@ struct Tiles {
         }
         if (begin >= end) return;
         if (!kBulk || threadIdx.x == 0) {
-            copy_key(begin);
+            if (kBulk || !kBulkCopies || threadIdx.x == 0) copy_key(begin);
             if (kBuffers == 2) copy_value(begin);
         }
         if (!kBulk) copy_commit();
@@ -280,6 +278,7 @@ struct Tiles {
         } else {
             copy_wait();
             __syncthreads();  // and nobody reads the tile before
+            if (kBulkCopies) barrier_wait(shared + Map::full + 8 * buffer_of(tile), (tile - begin) / kBuffers % 2);
             if (kBuffers == 1) {
                 copy_value(tile);
                 copy_commit();
@@ -302,7 +301,7 @@ struct Tiles {
             if (kBulk && kBuffers == 1) barrier_wait(shared + Map::empty, (tile - begin) % 2);
             if (kBulk && kBuffers == 2 && tile > begin)
                 barrier_wait(shared + Map::empty + 8 * buffer_of(tile + 1), (tile - 1 - begin) / 2 % 2);
-            copy_key(tile + 1);
+            if (kBulk || !kBulkCopies || threadIdx.x == 0) copy_key(tile + 1);
             if (kBuffers == 2) copy_value(tile + 1);
         }
         if (!kBulk) copy_commit();
@@ -337,9 +336,9 @@ private:
         const uint32 aux = shared + Map::aux + parity_of(tile) * kAuxBytes;
         const char* const scale = reinterpret_cast<const char*>(p.k_scale) + index * kScaleBytes;
         const char* const fold = reinterpret_cast<const char*>(p.v_fold) + index * (8 * kTileKeys);
-        if constexpr (kBulk) {
+        if constexpr (kBulkCopies) {
             const uint32 full = shared + Map::full + 8 * buffer_of(tile);
-            barrier_expect(full, kKeyBytes + kAuxBytes + (kBuffers == 2 ? kValueBytes : 0));
+            barrier_expect(full, kKeyBytes + kAuxBytes + (kBulk && kBuffers == 2 ? kValueBytes : 0));
             bulk_copy(target, p.k + index * kKeyBytes, kKeyBytes, full);
             if (kScaleBytes > 0) bulk_copy(aux, scale, kScaleBytes, full);
             if (kFolded) bulk_copy(aux + kScaleBytes, fold, 8 * kTileKeys, full);
@@ -384,9 +383,6 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(kFullWarp, x, 2);
 }
 
-// As Element::store: a rounded P can carry an output past the largest V by a little. NaN stays.
-__device__ __forceinline__ float saturated(float x) { return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x; }
-
 // --- a warp --------------------------------------------------------------------------------------------------------
 
 // kFloatMagic plus an integer product, as bits; and its value.
@@ -401,18 +397,18 @@ struct Warp {
     uint32 aux_lane;              // the same of scales
     int start[4];                 // where integer products start
 
-    uint32 q[kM][kQueryInRegisters ? kSteps : 1][4];
-    float q_group[kM][2][kQueryChannelScale && !kGroupsInShared ? kGroups : 1];
-    float q_scale[kM][2];         // of the exponent; positive
-    int s[kM][16][4];             // scores: integers or bits of floats
-    int top[kM][2];               // largest of them
-    uint32 prob[kM][kWideV ? 32 : 16];
-    float o[kM][Dp / 8][4];
-    float reference[kM][2];
-    float l[kM][2];               // kProductSum: the whole sum, else this lane's share
-    float maximum[kM][2];         // of the tile; -inf where the row sees nothing of it
+    uint32 q[kQueryInRegisters ? kSteps : 1][4];
+    float q_group[2][kQueryChannelScale && !kGroupsInShared ? kGroups : 1];
+    float q_scale[2];         // of the exponent; positive
+    int s[16][4];             // scores: integers or bits of floats
+    int top[2];               // largest of them
+    uint32 prob[kWideV ? 32 : 16];
+    float o[Dp / 8][4];
+    float reference[2];
+    float l[2];               // kProductSum: the whole sum, else this lane's share
+    float maximum[2];         // of the tile; -inf where the row sees nothing of it
     bool higher;                  // than some row's reference may be
-    float factor[kM][2];          // from the tile's product to O
+    float factor[2];          // from the tile's product to O
 
     __device__ __forceinline__ Warp(const AttentionParams& p_, uint32 shared_, const Item& item)
         : p(p_), shared(shared_) {
@@ -434,36 +430,33 @@ struct Warp {
             key_lane = kept(key_lane);
             value_lane = kept(value_lane);
         }
-        query = shared + Map::query + (warp * kM * kSteps * 32 + lane) * 16;
+        query = shared + Map::query + (warp * kSteps * 32 + lane) * 16;
 
 #pragma unroll
         for (int i = 0; i < 4; ++i) start[i] = kMagic ? kIntegerMagic : 0;
         load_query(item);
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
+        for (int n = 0; n < Dp / 8; ++n)
 #pragma unroll
-            for (int n = 0; n < Dp / 8; ++n)
+            for (int i = 0; i < 4; ++i) o[n][i] = 0.0f;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) o[m][n][i] = 0.0f;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                reference[m][h] = -infinity();
-                l[m][h] = 0.0f;
-            }
+        for (int h = 0; h < 2; ++h) {
+            reference[h] = -infinity();
+            l[h] = 0.0f;
         }
     }
 
     // What only this lane reads again, in shared memory: scales of Q's groups, scores.
-    __device__ __forceinline__ uint32 groups_of(int m, int g) const {
-        return shared + Map::groups + (m * kGroups + g) * (kThreads * 8) + thread_now() * 8;
+    __device__ __forceinline__ uint32 groups_of(int g) const {
+        return shared + Map::groups + g * (kThreads * 8) + thread_now() * 8;
     }
-    __device__ __forceinline__ uint32 stash_of(int m, int n) const {
-        return shared + Map::stash + (m * kStash + n) * (kThreads * 16) + thread_now() * 16;
+    __device__ __forceinline__ uint32 stash_of(int n) const {
+        return shared + Map::stash + n * (kThreads * 16) + thread_now() * 16;
     }
 
-    // Row h (0: r, 1: r + 8) of the thread's fragment m.
-    static __device__ __forceinline__ int row_of(int block_row, int thread, int m, int h) {
-        return block_row + thread / 32 * kRowsPerWarp + thread % 32 / 4 + 16 * m + 8 * h;
+    // Row h (0: r, 1: r + 8) of the thread's fragment.
+    static __device__ __forceinline__ int row_of(int block_row, int thread, int h) {
+        return block_row + thread / 32 * 16 + thread % 32 / 4 + 8 * h;
     }
 
     // Fragments and scales of the warp's rows; zero beyond Sq. A negative softmax scale goes into Q, so that larger
@@ -471,52 +464,50 @@ struct Warp {
     __device__ __forceinline__ void load_query(const Item& item) {
         const bool negative = p.scale_log2 < 0.0f;
         const float head_scale = kKeyScale == kScaleHead ? p.k_scale[item.kv_head] : 1.0f;
+        uint32 x[kSteps][4];
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-            uint32 x[kSteps][4];
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int row = row_of(item.row, threadIdx.x, m, h);
-                const bool inside = row < p.queries;
-                const int64 index = static_cast<int64>(item.head) * p.queries + row;
-                const char* const source = reinterpret_cast<const char*>(p.q) + index * kQueryRowBytes + 4 * (threadIdx.x % 4);
-#pragma unroll
-                for (int k = 0; k < kSteps; ++k) {
-                    if (kQueryFormat == kInt4) {
-                        const uint32 word = inside ? *reinterpret_cast<const uint32*>(source + 16 * k) : 0;
-                        x[k][h] = low_nibbles(word);
-                        x[k][h + 2] = high_nibbles(word);
-                    } else {
-                        x[k][h] = inside ? *reinterpret_cast<const uint32*>(source + 32 * k) : 0;
-                        x[k][h + 2] = inside ? *reinterpret_cast<const uint32*>(source + 32 * k + 16) : 0;
-                    }
-                }
-                float scale = fabsf(p.scale_log2) * head_scale;
-                if (kQueryChannelScale) {
-#pragma unroll
-                    for (int g = 0; g < kGroups; ++g) {
-                        const float x = inside ? p.q_scale[index * kGroups + g] * nibble_scale() : 0.0f;
-                        if (kGroupsInShared)
-                            store_float(groups_of(m, g) + 4 * h, x);
-                        else
-                            q_group[m][h][kQueryChannelScale && !kGroupsInShared ? g : 0] = x;
-                    }
-                } else {
-                    scale *= inside ? p.q_scale[index] * nibble_scale() : 0.0f;
-                }
-                q_scale[m][h] = fmaxf(scale, 1e-37f);
-            }
+        for (int h = 0; h < 2; ++h) {
+            const int row = row_of(item.row, threadIdx.x, h);
+            const bool inside = row < p.queries;
+            const int64 index = static_cast<int64>(item.head) * p.queries + row;
+            const char* const source =
+                reinterpret_cast<const char*>(p.q) + index * kQueryRowBytes + 4 * (threadIdx.x % 4);
 #pragma unroll
             for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (negative) x[k][i] = negate<kQueryFormat>(x[k][i]);
-                if (kQueryInRegisters) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) q[m][kQueryInRegisters ? k : 0][i] = x[k][i];
+                if (kQueryFormat == kInt4) {
+                    const uint32 word = inside ? *reinterpret_cast<const uint32*>(source + 16 * k) : 0;
+                    x[k][h] = low_nibbles(word);
+                    x[k][h + 2] = high_nibbles(word);
                 } else {
-                    store_words(query + (m * kSteps + k) * 512, x[k]);  // only this lane reads it
+                    x[k][h] = inside ? *reinterpret_cast<const uint32*>(source + 32 * k) : 0;
+                    x[k][h + 2] = inside ? *reinterpret_cast<const uint32*>(source + 32 * k + 16) : 0;
                 }
+            }
+            float scale = fabsf(p.scale_log2) * head_scale;
+            if (kQueryChannelScale) {
+#pragma unroll
+                for (int g = 0; g < kGroups; ++g) {
+                    const float x = inside ? p.q_scale[index * kGroups + g] * nibble_scale() : 0.0f;
+                    if (kGroupsInShared)
+                        store_float(groups_of(g) + 4 * h, x);
+                    else
+                        q_group[h][kQueryChannelScale && !kGroupsInShared ? g : 0] = x;
+                }
+            } else {
+                scale *= inside ? p.q_scale[index] * nibble_scale() : 0.0f;
+            }
+            q_scale[h] = fmaxf(scale, 1e-37f);
+        }
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (negative) x[k][i] = negate<kQueryFormat>(x[k][i]);
+            if (kQueryInRegisters) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) q[kQueryInRegisters ? k : 0][i] = x[k][i];
+            } else {
+                store_int4(query + k * 512, x[k][0], x[k][1], x[k][2], x[k][3]);  // only this lane reads it
             }
         }
     }
@@ -528,15 +519,16 @@ struct Warp {
 
     // --- S = Q K^T of 16 keys ----------------------------------------------------------------------------------------
 
-    __device__ __forceinline__ void load_query_step(uint32 (&x)[kM][4], int k) const {
+    __device__ __forceinline__ void load_query_step(uint32 (&x)[4], int k) const {
+        if (kQueryInRegisters) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-            if (kQueryInRegisters) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) x[m][i] = q[m][kQueryInRegisters ? k : 0][i];
-            } else {
-                load_words(x[m], query + (m * kSteps + k) * 512);
-            }
+            for (int i = 0; i < 4; ++i) x[i] = q[kQueryInRegisters ? k : 0][i];
+        } else {
+            const int4 word = load_int4(query + k * 512);
+            x[0] = word.x;
+            x[1] = word.y;
+            x[2] = word.z;
+            x[3] = word.w;
         }
     }
 
@@ -572,13 +564,11 @@ struct Warp {
 
     // S of fragments first .. first + kWide - 1, of 8 keys each.
     __device__ __forceinline__ void multiply_keys(int buffer, int first, int aux_buffer) {
-        float sum[kM][kWide][4];  // floating scores
+        float sum[kWide][4];  // floating scores
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
+        for (int n = 0; n < kWide; ++n)
 #pragma unroll
-            for (int n = 0; n < kWide; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) sum[m][n][i] = 0.0f;
+            for (int i = 0; i < 4; ++i) sum[n][i] = 0.0f;
 #pragma unroll
         for (int j = 0; j < kSteps / 2; ++j) {
             uint32 b[kWide / 2][2][2][2];
@@ -587,21 +577,18 @@ struct Warp {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const int step = 2 * j + k;
-                uint32 a[kM][4];
+                uint32 a[4];
                 load_query_step(a, step);
-                float group_scale[kM][2];
+                float group_scale[2];
                 if (kQueryChannelScale) {
+                    if (kGroupsInShared) {
+                        const float2 x = load_float2(groups_of(step));
+                        group_scale[0] = x.x;
+                        group_scale[1] = x.y;
+                    } else {
 #pragma unroll
-                    for (int m = 0; m < kM; ++m) {
-                        if (kGroupsInShared) {
-                            const float2 x = load_float2(groups_of(m, step));
-                            group_scale[m][0] = x.x;
-                            group_scale[m][1] = x.y;
-                        } else {
-#pragma unroll
-                            for (int h = 0; h < 2; ++h)
-                                group_scale[m][h] = q_group[m][h][kQueryChannelScale && !kGroupsInShared ? step : 0];
-                        }
+                        for (int h = 0; h < 2; ++h)
+                            group_scale[h] = q_group[h][kQueryChannelScale && !kGroupsInShared ? step : 0];
                     }
                 }
 #pragma unroll
@@ -611,37 +598,32 @@ struct Warp {
                     if (kGrouped)
                         scale = load_float2(aux_lane + aux_buffer * kAuxBytes + step * (4 * kTileKeys) +
                                             (first + n) * 32);
+                    int(&here)[4] = s[first + n];
+                    if constexpr (kGrouped) {
+                        int group[4];
+                        mma_s8s8(group, a, word[0], word[1], start);
 #pragma unroll
-                    for (int m = 0; m < kM; ++m) {
-                        int(&here)[4] = s[m][first + n];
-                        if constexpr (kGrouped) {
-                            int group[4];
-                            mma_s8s8(group, a[m], word[0], word[1], start);
-#pragma unroll
-                            for (int i = 0; i < 4; ++i) {
-                                float x = product_of(group[i]);
-                                if (kQueryChannelScale) x *= group_scale[m][i / 2];
-                                sum[m][n][i] = fmaf(x, i % 2 ? scale.y : scale.x, sum[m][n][i]);
-                            }
-                        } else if constexpr (kInteger) {
-                            if (step == 0)
-                                mma_s8s8(here, a[m], word[0], word[1], start);
-                            else
-                                mma_s8s8(here, a[m], word[0], word[1], here);
-                        } else {
-                            mma_float<kKeyFormat>(sum[m][n], a[m], word[0], word[1]);
+                        for (int i = 0; i < 4; ++i) {
+                            float x = product_of(group[i]);
+                            if (kQueryChannelScale) x *= group_scale[i / 2];
+                            sum[n][i] = fmaf(x, i % 2 ? scale.y : scale.x, sum[n][i]);
                         }
+                    } else if constexpr (kInteger) {
+                        if (step == 0)
+                            mma_s8s8(here, a, word[0], word[1], start);
+                        else
+                            mma_s8s8(here, a, word[0], word[1], here);
+                    } else {
+                        mma_float<kKeyFormat>(sum[n], a, word[0], word[1]);
                     }
                 }
             }
         }
         if (kGrouped || !kInteger) {
 #pragma unroll
-            for (int m = 0; m < kM; ++m)
+            for (int n = 0; n < kWide; ++n)
 #pragma unroll
-                for (int n = 0; n < kWide; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) s[m][first + n][i] = __float_as_int(sum[m][n][i]);
+                for (int i = 0; i < 4; ++i) s[first + n][i] = __float_as_int(sum[n][i]);
         }
     }
 
@@ -659,14 +641,12 @@ struct Warp {
         float4 value;
         if (kFolded) value = load_float4(fold + 64 * n);
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float x = __int_as_float(s[m][n][i]);
-                if (kTokenScale) x = product_of(s[m][n][i]) * (i % 2 ? scale.y : scale.x);
-                if (kFolded) x = fmaf(x, q_scale[m][i / 2], i % 2 ? value.z : value.x);
-                s[m][n][i] = __float_as_int(x);
-            }
+        for (int i = 0; i < 4; ++i) {
+            float x = __int_as_float(s[n][i]);
+            if (kTokenScale) x = product_of(s[n][i]) * (i % 2 ? scale.y : scale.x);
+            if (kFolded) x = fmaf(x, q_scale[i / 2], i % 2 ? value.z : value.x);
+            s[n][i] = __float_as_int(x);
+        }
     }
 
     // Integer scores are still floats around kFloatMagic: positive, in the order of their bits.
@@ -676,12 +656,10 @@ struct Warp {
 
     __device__ __forceinline__ void update_top(int n) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int x = larger(s[m][n][2 * h], s[m][n][2 * h + 1]);
-                top[m][h] = n == 0 ? x : larger(x, top[m][h]);
-            }
+        for (int h = 0; h < 2; ++h) {
+            const int x = larger(s[n][2 * h], s[n][2 * h + 1]);
+            top[h] = n == 0 ? x : larger(x, top[h]);
+        }
     }
 
     // S of a tile, and its largest elements.
@@ -698,16 +676,14 @@ struct Warp {
                 if (kTokenScale || kFolded) scale_scores(n, aux, fold);
                 if (kRaw) {
 #pragma unroll
-                    for (int m = 0; m < kM; ++m)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) s[m][n][i] = magic_of(s[m][n][i]);
+                    for (int i = 0; i < 4; ++i) s[n][i] = magic_of(s[n][i]);
                 }
                 update_top(n);
                 if (n < kStash) put_scores(n);
             }
         }
         if (!kMasked) return;
-        const int4 seldom = load_ints(shared + Map::seldom);  // keys that all rows of the block see; head, row
+        const int4 seldom = load_int4(shared + Map::seldom);  // keys that all rows of the block see; head, row
         if (key0 < seldom.x || key0 + kTileKeys > seldom.y) {
             hide_scores(key0, seldom.w);
 #pragma unroll
@@ -719,18 +695,14 @@ struct Warp {
     }
 
     __device__ __forceinline__ void put_scores(int n) const {
-#pragma unroll
-        for (int m = 0; m < kM; ++m) store_ints(stash_of(m, n), {s[m][n][0], s[m][n][1], s[m][n][2], s[m][n][3]});
+        store_int4(stash_of(n), s[n][0], s[n][1], s[n][2], s[n][3]);
     }
     __device__ __forceinline__ void take_scores(int n) {
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-            const int4 x = load_ints(stash_of(m, n));
-            s[m][n][0] = x.x;
-            s[m][n][1] = x.y;
-            s[m][n][2] = x.z;
-            s[m][n][3] = x.w;
-        }
+        const int4 x = load_int4(stash_of(n));
+        s[n][0] = x.x;
+        s[n][1] = x.y;
+        s[n][2] = x.z;
+        s[n][3] = x.w;
     }
 
     // Hidden keys get the bits of -inf: less than any score, as an integer and as a float.
@@ -739,58 +711,77 @@ struct Warp {
 #pragma unroll
         for (int n = 0; n < kStash; ++n) take_scores(n);
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
+        for (int h = 0; h < 2; ++h) {
+            const KeyRange keys = visible_keys(p, row_of(block_row, thread, h));
+            const int begin = keys.begin - key0 - thread % 4 * 2;
+            const int end = keys.end - key0 - thread % 4 * 2;
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const KeyRange keys = visible_keys(p, row_of(block_row, thread, m, h));
-                const int begin = keys.begin - key0 - thread % 4 * 2;
-                const int end = keys.end - key0 - thread % 4 * 2;
+            for (int n = 0; n < 16; ++n)
 #pragma unroll
-                for (int n = 0; n < 16; ++n)
-#pragma unroll
-                    for (int c = 0; c < 2; ++c)
-                        if (8 * n + c < begin || 8 * n + c >= end) s[m][n][2 * h + c] = static_cast<int>(0xff800000u);
-            }
+                for (int c = 0; c < 2; ++c)
+                    if (8 * n + c < begin || 8 * n + c >= end) s[n][2 * h + c] = static_cast<int>(0xff800000u);
+        }
     }
 
     // From the largest scores: exponent = score * scale + shift. key_scale: of the thread's keys (kRaw).
     // meanwhile(): work for the time that lanes wait for each other.
     template <class Work>
-    __device__ __forceinline__ void exponent_of(float (&scale)[kM][2], float (&shift)[kM][2], float key_scale,
+    __device__ __forceinline__ void exponent_of(float (&scale)[2], float (&shift)[2], float key_scale,
                                                 const Work& meanwhile) {
-        float x[kM][2];
+        float x[2];
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                scale[m][h] = kRaw ? fmaxf(q_scale[m][h] * key_scale, 1e-37f) : q_scale[m][h];
-                x[m][h] = __int_as_float(top[m][h]);
-                if (kRaw) x[m][h] -= kFloatMagic;
-                if (!kFolded) x[m][h] *= scale[m][h];
-                maximum[m][h] = __shfl_xor_sync(kFullWarp, x[m][h], 1);
-            }
+        for (int h = 0; h < 2; ++h) {
+            scale[h] = kRaw ? fmaxf(q_scale[h] * key_scale, 1e-37f) : q_scale[h];
+            x[h] = __int_as_float(top[h]);
+            if (kRaw) x[h] -= kFloatMagic;
+            if (!kFolded) x[h] *= scale[h];
+            maximum[h] = __shfl_xor_sync(kFullWarp, x[h], 1);
+        }
         meanwhile();
         bool grow = false;
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                x[m][h] = fmaxf(x[m][h], maximum[m][h]);
-                maximum[m][h] = fmaxf(x[m][h], __shfl_xor_sync(kFullWarp, x[m][h], 2));
-                grow |= maximum[m][h] - reference[m][h] > kSlack;  // also from -inf
-            }
+        for (int h = 0; h < 2; ++h) {
+            x[h] = fmaxf(x[h], maximum[h]);
+            maximum[h] = fmaxf(x[h], __shfl_xor_sync(kFullWarp, x[h], 2));
+            grow |= maximum[h] - reference[h] > kSlack;  // also from -inf
+            if (kRaw) grow |= scale[h] > kCoarse;
+        }
         higher = __any_sync(kFullWarp, grow);
         if (kRunning) settle();
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
+        for (int h = 0; h < 2; ++h) {
+            const float stand = kRunning ? reference[h] : maximum[h];
+            float y = kLargest - (kMasked && stand == -infinity() ? 0.0f : stand);
+            // No rounding may lift the maximum to LEVELS + 1/2: stay below LEVELS where it could.
+            if (kIntegerP) y -= fmaxf(fmaf(fabsf(y), 2.4e-7f, -0.002f), 0.0f);
+            shift[h] = kRaw ? fma_down(-kFloatMagic, scale[h], y) : y;
+        }
+        if (kRaw && higher && __any_sync(kFullWarp, fmaxf(scale[0], scale[1]) > kCoarse)) use_differences(scale, shift);
+    }
+
+    // Scores whose unit is larger than this still have kFloatMagic in them, times which a float is too coarse for shift.
+    static constexpr float kCoarse = 0.125f;
+    // Beyond this, they are for the other exponents of an 8-bit P, too: the row becomes NaN.
+    static constexpr float kLost = kRaw || kWideV ? 0x1p127f : kLostExponent;
+
+    // Scores less the lane's largest, a difference that is exact, in place of scores.
+    __device__ __forceinline__ void use_differences(const float (&scale)[2], float (&shift)[2]) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float stand = kRunning ? reference[m][h] : maximum[m][h];
-                float y = kLargest - (kMasked && stand == -infinity() ? 0.0f : stand);
-                // No rounding may lift the maximum to LEVELS + 1/2: stay below LEVELS where it could.
-                if (kIntegerP) y -= fmaxf(fmaf(fabsf(y), 2.4e-7f, -0.002f), 0.0f);
-                shift[m][h] = kRaw ? fma_down(-kFloatMagic, scale[m][h], y) : y;
-            }
+        for (int n = 0; n < kStash; ++n) take_scores(n);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float largest = __int_as_float(top[h]);
+            if (largest == -infinity()) continue;
+            const float x = (largest - kFloatMagic) * scale[h];
+            shift[h] = kLargest + (x - (kRunning ? reference[h] : maximum[h]));
+#pragma unroll
+            for (int n = 0; n < 16; ++n)
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+                    s[n][2 * h + c] = __float_as_int(__int_as_float(s[n][2 * h + c]) - largest);
+        }
+#pragma unroll
+        for (int n = 0; n < kStash; ++n) put_scores(n);
     }
 
     // Where O and l stand, and the factor of the tile's product. Nothing that P waits for, unless it stands there, too.
@@ -798,33 +789,29 @@ struct Warp {
         if (higher) move_reference();
         if (kRunning) return;
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-                factor[m][h] = kMasked ? exp2_from(maximum[m][h], reference[m][h])
-                                       : exp2_fast(maximum[m][h] - reference[m][h]);
+        for (int h = 0; h < 2; ++h)
+            factor[h] = kMasked ? exp2_from(maximum[h], reference[h])
+                                   : exp2_fast(maximum[h] - reference[h]);
     }
 
     __device__ __forceinline__ void move_reference() {
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
+        for (int h = 0; h < 2; ++h) {
+            const bool grow = maximum[h] - reference[h] > kSlack;
+            const float down = grow ? exp2_fast(reference[h] - maximum[h]) : 1.0f;
+            if (grow) reference[h] = maximum[h];
+            l[h] *= down;
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const bool grow = maximum[m][h] - reference[m][h] > kSlack;
-                const float down = grow ? exp2_fast(reference[m][h] - maximum[m][h]) : 1.0f;
-                if (grow) reference[m][h] = maximum[m][h];
-                l[m][h] *= down;
-#pragma unroll
-                for (int n = 0; n < Dp / 8; ++n) {
-                    o[m][n][2 * h] *= down;
-                    o[m][n][2 * h + 1] *= down;
-                }
+            for (int n = 0; n < Dp / 8; ++n) {
+                o[n][2 * h] *= down;
+                o[n][2 * h + 1] *= down;
             }
+        }
     }
 
     // P of 16 keys. sum: this lane's share of the unrounded P.
-    __device__ __forceinline__ void exponentials(int block, uint32 fold, const float (&scale)[kM][2],
-                                                 const float (&shift)[kM][2], float (&sum)[kM][2]) {
+    __device__ __forceinline__ void exponentials(int block, uint32 fold, const float (&scale)[2],
+                                                 const float (&shift)[2], float (&sum)[2]) {
         float4 value[2];
         if (2 * block < kStash) {
             take_scores(2 * block);
@@ -835,30 +822,28 @@ struct Warp {
             for (int n = 0; n < 2; ++n) value[n] = load_float4(fold + 64 * (2 * block + n));
         }
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
+        for (int h = 0; h < 2; ++h) {
+            float e[4];  // keys 2q, 2q+1, 8+2q, 9+2q
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float e[4];  // keys 2q, 2q+1, 8+2q, 9+2q
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float x = __int_as_float(s[m][2 * block + i / 2][2 * h + i % 2]);
-                    e[i] = exp2_fast(kFolded ? x + shift[m][h] : fmaf(x, scale[m][h], shift[m][h]));
-                    if (kFolded)
-                        sum[m][h] = fmaf(e[i], i % 2 ? value[i / 2].w : value[i / 2].y, sum[m][h]);
-                    else if (!kCountedSum && !kProductSum)
-                        sum[m][h] += e[i];
-                }
-                if (kWideV) {
-                    prob[m][4 * block + h] = pack2<kValueFormat>(e[0], e[1]);
-                    prob[m][kWideV ? 4 * block + 2 + h : 0] = pack2<kValueFormat>(e[2], e[3]);
-                } else if (kIntegerP) {
-                    prob[m][2 * block + h] =
-                        __byte_perm(pack2<kHalf>(e[0], e[1]), pack2<kHalf>(e[2], e[3]), 0x6420);
-                } else {
-                    prob[m][2 * block + h] =
-                        __byte_perm(pack2<kValueFormat>(e[0], e[1]), pack2<kValueFormat>(e[2], e[3]), 0x5410);
-                }
+            for (int i = 0; i < 4; ++i) {
+                const float x = __int_as_float(s[2 * block + i / 2][2 * h + i % 2]);
+                e[i] = exp2_fast(kFolded ? x + shift[h] : fmaf(x, scale[h], shift[h]));
+                if (kFolded)
+                    sum[h] = fmaf(e[i], i % 2 ? value[i / 2].w : value[i / 2].y, sum[h]);
+                else if (!kCountedSum && !kProductSum)
+                    sum[h] += e[i];
             }
+            if (kWideV) {
+                prob[4 * block + h] = pack2<kValueFormat>(e[0], e[1]);
+                prob[kWideV ? 4 * block + 2 + h : 0] = pack2<kValueFormat>(e[2], e[3]);
+            } else if (kIntegerP) {
+                prob[2 * block + h] =
+                    __byte_perm(pack2<kHalf>(e[0], e[1]), pack2<kHalf>(e[2], e[3]), 0x6420);
+            } else {
+                prob[2 * block + h] =
+                    __byte_perm(pack2<kValueFormat>(e[0], e[1]), pack2<kValueFormat>(e[2], e[3]), 0x5410);
+            }
+        }
     }
 
     // --- O += P V ----------------------------------------------------------------------------------------------------
@@ -877,23 +862,21 @@ struct Warp {
             load_matrices(b, (value_lane ^ 2 * step << 4) + base + block * (16 * 128));
     }
 
-    using Product = int[kM][2][4];
+    using Product = int[2][4];
 
     __device__ __forceinline__ void multiply_values(Product& product, int buffer, int block, int step) {
         uint32 b[4];
         load_values(b, buffer, block, step);
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                const uint32* const a = prob[m] + 4 * step;
-                if constexpr (!kIntegerP)
-                    mma_float<kValueFormat>(o[m][2 * block + n], a, b[2 * n], b[2 * n + 1]);
-                else if (step == 0)
-                    mma_u8s8(product[m][n], a, b[2 * n], b[2 * n + 1], start);
-                else
-                    mma_u8s8(product[m][n], a, b[2 * n], b[2 * n + 1], product[m][n]);
-            }
+        for (int n = 0; n < 2; ++n) {
+            const uint32* const a = prob + 4 * step;
+            if constexpr (!kIntegerP)
+                mma_float<kValueFormat>(o[2 * block + n], a, b[2 * n], b[2 * n + 1]);
+            else if (step == 0)
+                mma_u8s8(product[n], a, b[2 * n], b[2 * n + 1], start);
+            else
+                mma_u8s8(product[n], a, b[2 * n], b[2 * n + 1], product[n]);
+        }
     }
 
     __device__ __forceinline__ void add(float& y, int product, float scale) const {
@@ -903,24 +886,21 @@ struct Warp {
 
     __device__ __forceinline__ void add_product(const Product& product, int block) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
+        for (int n = 0; n < 2; ++n)
 #pragma unroll
-            for (int n = 0; n < 2; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) add(o[m][2 * block + n][i], product[m][n][i], factor[m][i / 2]);
+            for (int i = 0; i < 4; ++i) add(o[2 * block + n][i], product[n][i], factor[i / 2]);
     }
 
     // What a tile's scores add to O and l.
-    __device__ __forceinline__ void values(int buffer, int parity, const float (&scale)[kM][2],
-                                           const float (&shift)[kM][2]) {
+    __device__ __forceinline__ void values(int buffer, int parity, const float (&scale)[2],
+                                           const float (&shift)[2]) {
         constexpr int beside = kIntegerP ? kBeside : Dp / 16;
         constexpr int kept = kIntegerP && beside > 0 ? beside : 1;
         fence_address<8>(value_lane);
         const uint32 fold = fold_of(aux_lane + parity * kAuxBytes);
         Product product[kept];
-        float sum[kM][2];
-#pragma unroll
-        for (int m = 0; m < kM; ++m) sum[m][0] = sum[m][1] = 0.0f;
+        float sum[2];
+        sum[0] = sum[1] = 0.0f;
 #pragma unroll
         for (int step = 0; step < kValueSteps; ++step) {
             fence<2>();
@@ -949,93 +929,141 @@ struct Warp {
         }
     }
 
-    __device__ __forceinline__ void add_sums(const float (&share)[kM][2]) {
+    __device__ __forceinline__ void add_sums(const float (&share)[2]) {
+        if constexpr (kCountedSum) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-            if constexpr (kCountedSum) {
+            for (int h = 0; h < 2; ++h) {
+                uint32 count = static_cast<uint32>(start[0]);
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    uint32 count = static_cast<uint32>(start[0]);
+                for (int word = h; word < 16; word += 2) count = __dp4a(prob[word], 0x01010101u, count);
+                add(l[h], static_cast<int>(count), factor[h]);
+            }
+        } else if constexpr (kProductSum) {
+            constexpr uint32 ones = kValueFormat == kHalf ? 0x3c003c00u : 0x3f803f80u;
+            float sum[4] = {l[0], 0.0f, l[1], 0.0f};
 #pragma unroll
-                    for (int word = h; word < 16; word += 2) count = __dp4a(prob[m][word], 0x01010101u, count);
-                    add(l[m][h], static_cast<int>(count), factor[m][h]);
-                }
-            } else if constexpr (kProductSum) {
-                constexpr uint32 ones = kValueFormat == kHalf ? 0x3c003c00u : 0x3f803f80u;
-                float sum[4] = {l[m][0], 0.0f, l[m][1], 0.0f};
+            for (int step = 0; step < kValueSteps; ++step)
+                mma_float<kValueFormat>(sum, prob + 4 * step, ones, ones);
+            l[0] = sum[0];
+            l[1] = sum[2];
+        } else {
 #pragma unroll
-                for (int step = 0; step < kValueSteps; ++step)
-                    mma_float<kValueFormat>(sum, prob[m] + 4 * step, ones, ones);
-                l[m][0] = sum[0];
-                l[m][1] = sum[2];
-            } else {
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float x = share[m][h] * (1.0f / kUnit);
-                    l[m][h] = kRunning ? l[m][h] + x : fmaf(x, factor[m][h], l[m][h]);
-                }
+            for (int h = 0; h < 2; ++h) {
+                const float x = share[h] * (1.0f / kUnit);
+                l[h] = kRunning ? l[h] + x : fmaf(x, factor[h], l[h]);
             }
         }
     }
 
     // --- the end -----------------------------------------------------------------------------------------------------
 
-    // Can two channels of a result be stored at once?
-    __device__ __forceinline__ bool two_at_a_time() const {
-        return p.channels == Dp && p.out_channel == 1 && ((p.out_batch | p.out_head | p.out_row) & 1) == 0 &&
-               reinterpret_cast<unsigned long long>(p.out) % (2 * sizeof(Out::type)) == 0;
-    }
-
     __device__ __forceinline__ void finish() const {
         const int thread = static_cast<int>(thread_now());
         const int quad = thread % 4;
-        const int4 seldom = load_ints(shared + Map::seldom);
+        const int4 seldom = load_int4(shared + Map::seldom);
         const int head = seldom.z;
         const int batch = head / p.heads;
-        const int64 kv_head = batch * p.kv_heads + (head - batch * p.heads) / (p.heads / p.kv_heads);
+        const int64 kv_head = load_int4(shared + Map::seldom + 16).w;
+        // Loads come first: the compiler lifts none over a store, and one after the other they would be waited for.
         const float guard = p.guard[kv_head];
         const float* const v_scale = p.v_scale + kv_head * Dp + 2 * quad;
-        const bool pairs = kOutPairs || two_at_a_time();
-        const int64 base = batch * p.out_batch + (head - batch * p.heads) * p.out_head;
+        const float head_scale = kWideV ? *v_scale : 1.0f;
+        float2 scale[kAtOnce];
+        if (!kWideV) load_scales(scale, v_scale);
+        float inverse[2], q_scale[2];
+        bool inside[2], sees[2];
+        Out::type* target[2];
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int row = row_of(seldom.w, thread, m, h);
-                const float total = kProductSum ? l[m][h] : quad_sum(l[m][h]);
-                if (row >= p.queries) continue;
-                const int64 index = static_cast<int64>(head) * p.queries + row;
-                bool sees = true;
-                if (kMasked) {
-                    const KeyRange keys = visible_keys(p, row);
-                    sees = keys.begin < keys.end;
-                }
-                const float bad = poison(
-                    guard, sees ? p.q_scale[kQueryChannelScale ? index * kGroups : index] : 0.0f);
-                const float inverse = finish_factor(total, bad);
-                if (p.lse != nullptr && quad == 0)
-                    p.lse[index] = log_sum_exp(reference[m][h], total, static_cast<float>(kLevels),
-                                               p.lse_shift == nullptr ? 0.0f : p.lse_shift[index] * p.scale, bad);
-                Out::type* const out = static_cast<Out::type*>(p.out) + base + row * p.out_row;
-#pragma unroll
-                for (int n = 0; n < Dp / 8; ++n) {
-                    const float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * n);
-                    const float x = o[m][n][2 * h] * inverse * scale.x;
-                    const float y = o[m][n][2 * h + 1] * inverse * scale.y;
-                    const int channel = 8 * n + 2 * quad;
-                    if (pairs) {
-                        if constexpr (INTFA_OUT == kFloat32)
-                            *reinterpret_cast<float2*>(out + channel) = {x, y};
-                        else if constexpr (INTFA_OUT == kFloat16)
-                            *reinterpret_cast<uint32*>(out + channel) = pack2<kHalf>(saturated(x), saturated(y));
-                        else
-                            *reinterpret_cast<uint32*>(out + channel) = pack2<kBrain>(x, y);
-                    } else {
-                        if (channel < p.channels) out[channel * p.out_channel] = Out::store(x);
-                        if (channel + 1 < p.channels) out[(channel + 1) * p.out_channel] = Out::store(y);
-                    }
-                }
+        for (int h = 0; h < 2; ++h) {
+            const int row = row_of(seldom.w, thread, h);
+            inside[h] = row < p.queries;
+            sees[h] = true;
+            if (kMasked) {
+                const KeyRange keys = visible_keys(p, row);
+                sees[h] = keys.begin < keys.end;
             }
+            const int64 index = static_cast<int64>(head) * p.queries + row;
+            q_scale[h] = sees[h] && inside[h] ? p.q_scale[kQueryChannelScale ? index * kGroups : index] : 0.0f;
+            target[h] = static_cast<Out::type*>(p.out) + batch * p.out_batch + (head - batch * p.heads) * p.out_head +
+                        row * p.out_row;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float total = kProductSum ? l[h] : quad_sum(l[h]);
+            // A row that sees a key has a sum, unless its scores are beyond what floats can tell apart.
+            const bool lost = sees[h] && !(total > 0.0f && fabsf(reference[h]) < kLost);
+            const float bad = lost ? not_a_number() : poison(guard, q_scale[h]) + total * 0.0f;
+            inverse[h] = finish_factor(total, bad) * head_scale;
+            if (p.lse != nullptr && quad == 0 && inside[h]) {
+                const int64 index = static_cast<int64>(head) * p.queries + row_of(seldom.w, thread, h);
+                const float offset = p.lse_shift == nullptr ? 0.0f : p.lse_shift[index] * p.scale;
+                p.lse[index] = log_sum_exp(reference[h], total, static_cast<float>(kLevels), offset, bad);
+            }
+        }
+#pragma unroll
+        for (int first = 0; first < Dp / 8; first += kAtOnce) {
+            if (!kWideV && first > 0) load_scales(scale, v_scale + 8 * first);
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int n = 0; n < kAtOnce; n += 4) {
+                    float x[8];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float2 more = kWideV ? float2{1.0f, 1.0f} : scale[n + i];  // 16 bits: one scale, 2^n
+                        x[2 * i] = o[first + n + i][2 * h] * inverse[h] * more.x;
+                        x[2 * i + 1] = o[first + n + i][2 * h + 1] * inverse[h] * more.y;
+                    }
+                    store(x, target[h], 8 * (first + n), quad, inside[h]);
+                }
+        }
+    }
+
+    static constexpr int kAtOnce = Dp == 128 ? 16 : 8;  // fragments whose scales of V are loaded at a time
+
+    static __device__ __forceinline__ void load_scales(float2 (&scale)[kAtOnce], const float* from) {
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) scale[n] = *reinterpret_cast<const float2*>(from + 8 * n);
+    }
+
+    // 32 channels of a row, of which the lane has 2q and 2q + 1 of every 8.
+    __device__ __forceinline__ void store(const float (&x)[8], Out::type* row, int first, int quad, bool inside) const {
+        if (kOutPairs) {
+            Out::Pair pair[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) pair[i] = Out::store_pair(x[2 * i], x[2 * i + 1]);
+            store_pairs(pair, row + first, quad, inside);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int channel = first + i / 2 * 8 + quad * 2 + i % 2;
+                if (inside && channel < p.channels) row[channel * p.out_channel] = Out::store(x[i]);
+            }
+        }
+    }
+
+    // Of 16 bits, the row's four lanes exchange theirs, so that each has eight neighbours.
+    static __device__ __forceinline__ void store_pairs(uint32 (&pair)[4], void* row, int quad, bool inside) {
+        exchange(pair[0], pair[1], 1, quad);
+        exchange(pair[2], pair[3], 1, quad);
+        exchange(pair[0], pair[2], 2, quad);
+        exchange(pair[1], pair[3], 2, quad);
+        if (inside) static_cast<uint4*>(row)[quad] = {pair[0], pair[1], pair[2], pair[3]};
+    }
+    static __device__ __forceinline__ void store_pairs(const float2 (&pair)[4], void* row, int quad, bool inside) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (inside) static_cast<float2*>(row)[4 * i + quad] = pair[i];
+    }
+
+    // The lane without the bit keeps low and gets its partner's low for high, the one with it keeps high.
+    static __device__ __forceinline__ void exchange(uint32& low, uint32& high, int bit, int quad) {
+        const bool upper = quad & bit;
+        const uint32 other = __shfl_xor_sync(kFullWarp, upper ? low : high, bit);
+        if (upper)
+            low = other;
+        else
+            high = other;
     }
 };
 
@@ -1054,8 +1082,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attenti
     const int end = range.tile_end;
     const Tiles whole{p, shared, item.kv_head * p.tiles, begin, end};
     if (threadIdx.x == 0) {
-        store_ints(shared + Map::seldom, {range.common.begin, range.common.end, item.head, item.row});
-        if (kShort) store_ints(shared + Map::seldom + 16, {whole.first, begin, end, 0});
+        store_int4(shared + Map::seldom, range.common.begin, range.common.end, item.head, item.row);
+        const int4 again = kShort ? int4{whole.first, begin, end, 0} : int4{0, 0, 0, 0};
+        store_int4(shared + Map::seldom + 16, again.x, again.y, again.z, item.kv_head);
     }
     whole.start();
     Warp warp(p, shared, item);
@@ -1065,7 +1094,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attenti
     if (kShort) __syncthreads();  // all threads recall what one has written
     for (int tile = begin; tile < whole.recalled().end; ++tile) {
         float key_scale = next_scale;
-        float scale[kM][2], shift[kM][2];
+        float scale[2], shift[2];
         const Tiles tiles = whole.recalled();
         const int parity = tiles.parity_of(tile);
         const int buffer = tiles.buffer_of(tile);

@@ -436,8 +436,8 @@ struct Consumer {
             const int row = item.x + row_in_block + 8 * r;
             inside[r] = row < p.queries;
             const float total = quad_sum(l[r]);
-            // A sum of 0 where a key is visible: the scores are so large that their floats miss the maximum.
-            const bool lost = total == 0.0f && reference[r] != -infinity();
+            // A row that sees a key has a sum, unless its scores are beyond what floats can tell apart.
+            const bool lost = reference[r] != -infinity() && !(total > 0.0f && fabsf(reference[r]) < kLostExponent);
             const float poisoned = lost ? not_a_number() : guard + total * 0.0f;
             inverse[r] = finish_factor(total, poisoned);
             index[r] = batch * p.out_batch + (head - batch * p.heads) * p.out_head + row * p.out_row;

@@ -9,6 +9,7 @@
 
 #include "copy.cuh"
 #include "platform.cuh"
+#include "shared_memory.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "attention_mma needs sm_80 or later: earlier tensor cores have no m16n8k32 integer product and no cp.async"
@@ -86,48 +87,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32 (&x)[4], uint32 
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(address));
-}
-
-__device__ __forceinline__ float2 load_float2(uint32 address) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
-    return x;
-}
-
-__device__ __forceinline__ float4 load_float4(uint32 address) {
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(address));
-    return x;
-}
-
-__device__ __forceinline__ void load_words(uint32 (&x)[4], uint32 address) {
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address));
-}
-
-__device__ __forceinline__ void store_words(uint32 address, const uint32 (&x)[4]) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
-                 : "memory");
-}
-
-__device__ __forceinline__ int4 load_ints(uint32 address) {
-    int4 x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address));
-    return x;
-}
-
-__device__ __forceinline__ void store_ints(uint32 address, int4 x) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
-                 : "memory");
-}
-
-__device__ __forceinline__ void store_float(uint32 address, float x) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 
 // 16 bytes, global to shared, asynchronous; see copy_commit and copy_wait_groups.

@@ -132,10 +132,15 @@ __device__ __forceinline__ uint32 add_bytes(uint32 word, uint32 sum) {
 // The word of two elements of 16 bits, the first one low.
 template <class T>
 __device__ __forceinline__ uint32 join_halves(T low, T high) {
+#ifdef __CUDA_ARCH__
+    return *reinterpret_cast<const unsigned short*>(&low) |
+           static_cast<uint32>(*reinterpret_cast<const unsigned short*>(&high)) << 16;
+#else
     const T pair[2] = {low, high};
     uint32 word;
     __builtin_memcpy(&word, pair, sizeof word);
     return word;
+#endif
 }
 
 // Two floats rounded to halves, the first one low.

@@ -9,6 +9,9 @@ namespace intfa {
 // where it is until a tile's maximum exceeds it by more than this; float32 has room for the growth.
 constexpr float kReferenceSlack = 60.0f;
 
+// From here on floats tell exponents apart too coarsely for a P of 8 bits, and a row becomes NaN.
+constexpr float kLostExponent = 0x1p24f;
+
 // Adding this to 0 <= x < 2^22 leaves round-to-nearest-even(x) in the low bits of the float.
 constexpr float kRoundingMagic = 12582912.0f;  // 1.5 * 2^23
 

@@ -72,7 +72,6 @@ _FORMAT = 1  # of the cache entries; part of the key
 _BASE_OPTIONS = (
     "--std=c++17",
     "--device-as-default-execution-space",  # lambdas and helpers need no __device__
-    "-D__builtin_memcpy=memcpy",  # the sources' name, known to host compilers; NVRTC has the function
     "--ptxas-options=-v",  # registers, spills and shared memory go to the log
 )
 _STATIC_SMEM_LIMIT = 48 * 1024  # a kernel that wants more dynamic shared memory must opt in

@@ -256,22 +256,23 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
     """
     channel_scales = recipe.k_granularity == "channel"
     fp8 = recipe.k_format in _FP8
+    fence = 8 if capability >= 100 and (fp8 or channel_scales) else 0
     if Dp == 64:
         if fp8 or channel_scales:
-            return _with_less_memory(_Mma(min_blocks=2))
+            return _with_less_memory(_Mma(fence=fence, min_blocks=2))
         if not recipe.integer_p:
             return _with_less_memory(_Mma(fence=8, min_blocks=3))
         # The logarithms of folded V take the registers of products.
         three = _Mma(beside=2 if recipe.folded_v else 4, query_in_registers=False, min_blocks=3)
-        four = _Mma(beside=0, query_in_registers=False, min_blocks=4)
-        if recipe.p_max == "running" or (recipe.folded_v and capability < 90):
+        four = _Mma(beside=0, fence=int(capability < 90), query_in_registers=False, min_blocks=4)
+        if recipe.p_max == "running" or capability >= 100 or (recipe.folded_v and capability < 90):
             return _with_less_memory(three)
         return [four, *_with_less_memory(three)]
     if Dp == 128:
         if fp8:
             stash = 8 if capability // 10 == 10 else 0
             return [_Mma(buffers=1, fence=8, query_in_registers=False, min_blocks=2, stash=stash)]
-        return [_Mma(beside=8, min_blocks=2), _Mma(buffers=1, min_blocks=2)]
+        return [_Mma(beside=8, fence=fence, min_blocks=2), _Mma(buffers=1, fence=fence, min_blocks=2)]
     large = _Mma(buffers=1, beside=0, query_in_registers=False, fence=2)
     if fp8:
         return [replace(large, fence=3, stash=4)]
@@ -280,14 +281,15 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
     if channel_scales:
         if recipe.q_format == "int4":
             return [replace(large, fence=3, stash=8)]
-        return [replace(large, fence=15, stash=8) if capability >= 100 else large]
+        return [replace(large, fence=15, stash=8)]
     if recipe.folded_v:
         if capability >= 100:
             return [replace(large, stash=8), replace(large, fence=10, stash=4)]
         return [large]
-    if recipe.k_granularity == "token":
-        return [replace(large, stash=8) if capability >= 120 else large]
-    return [large if capability >= 90 else replace(large, fence=0)]
+    if recipe.k_granularity == "token" and capability >= 120:
+        return [replace(large, stash=8)]
+    group = recipe.k_granularity == "group"
+    return [replace(large, fence=0 if capability < 90 else 3 if group and capability // 10 == 10 else 2)]
 
 
 def _with_less_memory(option: _Mma) -> list[_Mma]:
@@ -311,7 +313,6 @@ def _mma_tile(recipe: Recipe, Dp: int, option: _Mma) -> Tile:
     macros = {
         "INTFA_DP": Dp,
         "INTFA_WARPS": option.warps,
-        "INTFA_M_TILES": 1,
         "INTFA_BUFFERS": option.buffers,
         "INTFA_BESIDE": option.beside,
         "INTFA_FENCE": option.fence,

@@ -117,6 +117,7 @@ def only_bulk_copies(output: str) -> bool:
 def compilations() -> list[tuple[str, dict[str, int]]]:
     """Return the source and macros of every kernel that the tests launch."""
     import gpu_cases
+    import test_gpu_accuracy
     import test_gpu_attention
     import test_gpu_quantize
 
@@ -137,6 +138,9 @@ def compilations() -> list[tuple[str, dict[str, int]]]:
     )
     for name, head_dims in gpu_cases.RECIPES.items():
         calls |= {(recipes()[name], D, t) for D in head_dims for t in ("float16", "float32")}
+    calls |= {
+        (recipe, D, "float32") for recipe in test_gpu_accuracy.UNPREPARED.values() for D in (64, 128, 256)
+    }
     found: dict[Any, tuple[str, dict[str, int]]] = {}
 
     def add(source: str, defines: dict[str, int]) -> None:
@@ -173,11 +177,10 @@ def compile_all() -> None:
     work = [(source, defines, arch) for source, defines in compilations()]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         spills = pool.map(compile_one, work, chunksize=1)
-    spilling = sum(map(bool, spills))
-    print(
-        f"{len(work)} kernels compiled in {time.monotonic() - begin:.0f} s; {spilling} spill registers",
-        flush=True,
-    )
+    print(f"{len(work)} kernels compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    for (source, defines, _), spilled in zip(work, spills, strict=True):
+        if spilled:
+            print(f"{source} spills {spilled} bytes: {' '.join(f'{k}={v}' for k, v in defines.items())}")
 
 
 # --- the record ---------------------------------------------------------------------------------------------

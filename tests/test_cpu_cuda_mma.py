@@ -1,7 +1,8 @@
 """attention_mma.cu itself on the host shim against the NumPy model, tensor cores and all.
 
-`cpu_cuda/include/mma.cuh` stands in for the kernel's header of inline PTX; everything else is the kernel. The
-shim reports races, uninitialised reads and accesses out of bounds.
+`cpu_cuda/include/{mma,copy,shared_memory}.cuh` stand in for the kernel's headers of inline PTX; everything
+else is the kernel. The shim reports races, uninitialised reads and accesses out of bounds. Copies of whole
+tiles are done as late as the kernel lets them be, or at once.
 """
 
 from __future__ import annotations
@@ -96,9 +97,8 @@ class _Module:
     def __init__(self, module: cpu_cuda.Module) -> None:
         self.module = module
 
-    def launch(self, *args: Any) -> int:
-        entry, grid, block, arguments, smem, order = args
-        return self.module.launch(entry, grid, block, arguments, smem, order, check_races=False)
+    def launch(self, *args: Any, **options: Any) -> int:
+        return self.module.launch(*args, check_races=False, **options)
 
 
 @functools.cache
@@ -119,8 +119,10 @@ def test_attention_mma(variant: Variant, data: st.DataObject) -> None:
     qkv = quantize_numpy(*case.logical(), variant.recipe)
     operands = hk.packed_operands(qkv)
     runs = [
-        hk.attention(operands, problem, variant.tile, order, module=module_of(variant))
-        for order in ("ascending", "descending")
+        hk.attention(
+            operands, problem, variant.tile, order, module=module_of(variant), asynchronous=asynchronous
+        )
+        for order, asynchronous in (("ascending", "late"), ("descending", "early"))
     ]
     for one, other in zip(runs[0], runs[-1], strict=True):
         assert one is not None and other is not None
@@ -132,7 +134,7 @@ def test_attention_mma(variant: Variant, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(("Dp", "buffers"), [(64, 2), (64, 1), (256, 1)])
 def test_no_buffer_is_filled_before_all_warps_have_left_it(Dp: int, buffers: int) -> None:
-    """More tiles than buffers, copied whole; the shim copies at once, and holds up some of the warps."""
+    """More tiles than buffers, copied whole and at once, while the shim holds up some of the warps."""
     tile = next(
         t
         for t in tiles.variants("mma", R["int8-fast"], "sm_90")
@@ -144,7 +146,9 @@ def test_no_buffer_is_filled_before_all_warps_have_left_it(Dp: int, buffers: int
     qkv = quantize_numpy(*case.logical(), variant.recipe)
     operands = hk.packed_operands(qkv)
     for order in ("descending", 1, 2, 3, 4):
-        out, lse = hk.attention(operands, problem, variant.tile, order, module=module_of(variant))
+        out, lse = hk.attention(
+            operands, problem, variant.tile, order, module=module_of(variant), asynchronous="early"
+        )
         assert lse is not None
         check_against_model(qkv, case, problem, out, lse, ROUNDING["mma"])
 
@@ -161,3 +165,36 @@ def test_rows_that_see_nothing(name: str) -> None:
     out, lse = hk.attention(hk.packed_operands(qkv), problem, variant.tile, module=module)
     assert lse is not None and np.isneginf(lse[0, 0, :117]).all() and not out[0, 0, :117].any()
     check_against_model(qkv, case, problem, out, lse, ROUNDING["mma"])
+
+
+#: One recipe for each way to exponents: tile's and running maximum, one scale for several keys, for each key
+#: and for groups of channels, V folded or not, floating scores and probabilities.
+EXPONENTS = ("int8", "int8-fast", "paper-int8", "half-int8", "int4", "fp16", "fp8-e4m3", "fp8-e5m2")
+
+
+@pytest.mark.parametrize("name", EXPONENTS)
+def test_huge_scores_give_right_rows_or_nan(name: str) -> None:
+    """With scores so large that one key takes all, a row is its value, or NaN; never anything else."""
+    recipe = R[name].replace(smooth_k=False, equalize=False, hadamard=False)
+    variant = next(v for v in variants() if v.recipe == R[name] and v.Dp == 64 and v.tile.masked)
+    case = sts.Case(B=1, H=1, Hkv=1, Sq=16, Sk=150, D=40)
+    q, k, v = case.logical()
+    q[..., 0], k[..., 0] = 1, 0
+    k[0, 0, 140] = 0
+    k[0, 0, 140, 0] = 100  # a score of 100, others of some tens at most
+    qkv = quantize_numpy(q, k, v, recipe)
+    operands = hk.packed_operands(qkv)
+    right = []
+    for exponent in (0, 4, 6, 7, 9, 38):
+        scaled = case.replace(scale=10.0**exponent)
+        problem = scaled.problem(recipe, out_dtype=variant.out_dtype)
+        out, lse = hk.attention(operands, problem, variant.tile, module=module_of(variant))
+        assert lse is not None
+        lost = np.isnan(lse)
+        assert np.array_equal(np.isnan(out), np.broadcast_to(lost[..., None], out.shape))
+        value, score = v[0, 0, 140].astype(np.float32), 100 * 10.0**exponent
+        tolerance = 0.05 if recipe.v_format in ("int8", "fp16") else 0.3
+        assert np.abs(out.astype(np.float32)[~lost] - value).max(initial=0) < tolerance, exponent
+        assert np.abs(lse[~lost].astype(np.float64) - score).max(initial=0) < 0.25 * score, exponent
+        right.append(not lost.any())
+    assert right[:2] == [True, True] and not right[-1]

@@ -239,7 +239,15 @@ def test_scores_beyond_their_floats_give_nan_and_nothing_else(variant: Variant) 
     k[0, 0, 200] = 0
     k[0, 0, 200, 0] = 100  # a score of 100, others of some tens at most
     qkv = quantize_numpy(q, k, v, variant.recipe.replace(smooth_k=False, equalize=False, hadamard=False))
-    for exponent, all_lost in ((3, False), (5, False), (7, None), (8, None), (12, True), (36, True)):
+    for exponent, all_lost in (
+        (3, False),
+        (5, False),
+        (6, None),
+        (7, None),
+        (8, None),
+        (12, True),
+        (36, True),
+    ):
         scaled = case.replace(scale=10.0**exponent)
         out, lse = run(qkv, variant.problem(scaled), variant)
         lost = np.isnan(lse)

@@ -69,6 +69,37 @@ def test_maximum_that_outgrows_its_reference(D: int, recipe: Recipe, kernel: str
     check_against_model(qkv, case, case.problem(recipe), out, lse, ROUNDING[kernel])
 
 
+#: One recipe for each way to exponents, its Q and K taken as they are.
+UNPREPARED = {
+    name: R[name].replace(smooth_k=False, equalize=False, hadamard=False)
+    for name in ("int8", "int8-fast", "paper-int8", "half-int8", "int4", "fp16", "fp8-e4m3")
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("recipe", UNPREPARED.values(), ids=UNPREPARED)
+def test_huge_scores_give_right_rows_or_nan(recipe: Recipe, D: int, kernel: str) -> None:
+    """With scores so large that one key takes all, a row is its value, or NaN; never anything else."""
+    q, k, v = sts.Case(H=2, Hkv=2, Sq=150, Sk=700, D=D).logical()
+    q[..., 0], k[..., 0] = 1, 0
+    k[:, :, 650] = 0
+    k[:, :, 650, 0] = 100  # a score of 100, others of some tens at most
+    score = intfa.attention(q, k, v, recipe=recipe, backend="numpy", return_lse=True, scale=1.0)[1]
+    x = [to_device(a) for a in (q, k, v)]
+    for exponent in (0, 4, 6, 7, 9, 12):
+        try:
+            out, lse = attend(x, recipe=recipe, backend=kernel, scale=10.0**exponent)
+        except dispatch.UnsupportedError as error:
+            pytest.skip(str(error))
+        lost = np.isnan(out)
+        assert (lost.all(axis=-1) == lost.any(axis=-1)).all()
+        assert exponent > 4 or not (lost.any() or np.isnan(lse).any())
+        error = np.abs(out - v[:, :, 650:651])[~lost]
+        assert error.max(initial=0) < (0.3 if recipe.v_format == "e4m3" else 0.05), exponent
+        assert np.nanmax(np.abs(lse / 10.0**exponent - score), initial=0) < 1, exponent
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_values_at_the_end_of_float16_do_not_become_infinite(kernel: str) -> None:
     """A rounded P can carry an output past the largest V; in float16 it saturates, as in the model."""

@@ -67,8 +67,8 @@ def _launch(plan: Plan, out_dtype: str, out: int, strides: _Strides) -> _Launch:
         plan.tile.specializes
         and padded_head_dim(plan.problem.D) == plan.problem.D
         and strides[3] == 1
-        and not (strides[0] | strides[1] | strides[2]) & 1
-        and out % 8 == 0
+        and not (strides[0] | strides[1] | strides[2]) & 7
+        and out % 16 == 0
     )
     key = ("attention", devices.current(), out_dtype, pairs)
     found: _Launch | None = plan.prepared.get(key)

@@ -4,7 +4,9 @@
 // of fragments is written out here once more, independently of the kernel.
 #pragma once
 
+#include "copy.cuh"
 #include "platform.cuh"
+#include "shared_memory.cuh"
 
 namespace intfa {
 
@@ -94,23 +96,7 @@ inline void mma_float(float* d, const uint32* a, uint32 b0, uint32 b1) {
     });
 }
 
-// --- shared memory: an address is an offset ---------------------------------------------------------------------
-
-inline unsigned char* shared_base = nullptr;
-constexpr uint32 kSharedStart = 1024;
-
-__attribute__((no_sanitize("thread"))) inline uint32 shared_address(const void* pointer) {
-    shared_base = static_cast<unsigned char*>(const_cast<void*>(pointer));
-    return kSharedStart;
-}
-
-__attribute__((no_sanitize("thread"))) inline unsigned char* shared_pointer(uint32 address) {
-    return shared_base + (address - kSharedStart);
-}
-template <class T>
-inline T& shared_at(uint32 address) {
-    return *reinterpret_cast<T*>(shared_pointer(address));
-}
+// --- operands from shared memory ----------------------------------------------------------------------------------
 
 __attribute__((no_sanitize("thread"))) inline uint32 matrix_row(int matrix, uint32 address, int row) {
     const uint32(*const words)[8] = meet({address, 0, 0, 0, 0, 0, 0, 0});
@@ -133,62 +119,9 @@ inline void load_matrices_transposed(uint32 (&x)[4], uint32 address) {
     }
 }
 
-inline float2 load_float2(uint32 address) { return shared_at<float2>(address); }
-inline float4 load_float4(uint32 address) { return shared_at<float4>(address); }
-inline int4 load_ints(uint32 address) { return shared_at<int4>(address); }
-inline void store_ints(uint32 address, int4 x) { shared_at<int4>(address) = x; }
-inline void store_float(uint32 address, float x) { shared_at<float>(address) = x; }
-inline void load_words(uint32 (&x)[4], uint32 address) {
-    for (unsigned i = 0; i < 4; ++i) x[i] = shared_at<uint32>(address + 4 * i);
-}
-inline void store_words(uint32 address, const uint32 (&x)[4]) {
-    for (unsigned i = 0; i < 4; ++i) shared_at<uint32>(address + 4 * i) = x[i];
-}
+// A thread's own copies are done at once: the host's copy_wait_groups waits for nothing.
 inline void copy16_async(uint32 shared, const void* global) {
     shared_at<uint4>(shared) = *static_cast<const uint4*>(global);
-}
-
-// --- barriers of Hopper, whose copies are done at once ------------------------------------------------------------
-
-struct Arrival {
-    unsigned char expected;  // arrivals of a phase
-    unsigned char arrivals;  // still to come in this one
-    unsigned short phases;   // completed
-    int bytes;               // still to come
-};
-
-__attribute__((no_sanitize("thread"))) inline void advance(Arrival& barrier) {
-    if (barrier.arrivals != 0 || barrier.bytes != 0) return;
-    barrier.arrivals = barrier.expected;
-    ++barrier.phases;
-}
-__attribute__((no_sanitize("thread"))) inline void barrier_init(uint32 barrier, int arrivals) {
-    const auto count = static_cast<unsigned char>(arrivals);
-    shared_at<Arrival>(barrier) = {count, count, 0, 0};
-}
-inline void barrier_init_fence() {}
-__attribute__((no_sanitize("thread"))) inline void barrier_expect(uint32 barrier, int bytes) {
-    Arrival& here = shared_at<Arrival>(barrier);
-    if (here.arrivals == 0) __trap();  // one too many
-    --here.arrivals;
-    here.bytes += bytes;
-    advance(here);
-}
-inline void barrier_arrive(uint32 barrier) { barrier_expect(barrier, 0); }
-
-template <unsigned parity>
-__attribute__((no_sanitize("thread"))) inline bool phase_is_over(const void* barrier) {
-    return static_cast<const Arrival*>(barrier)->phases % 2 != parity;
-}
-inline void barrier_wait(uint32 barrier, unsigned parity, cpu_cuda::Site site = cpu_cuda::Site::here()) {
-    cpu_cuda::wait_until(parity != 0 ? phase_is_over<1> : phase_is_over<0>, shared_pointer(barrier), site);
-}
-inline void bulk_copy(uint32 shared, const void* global, int bytes, uint32 barrier) {
-    for (int i = 0; i < bytes; i += 16) copy16_async(shared + static_cast<uint32>(i), static_cast<const char*>(global) + i);
-    [](Arrival& here, int count) __attribute__((no_sanitize("thread"))) {
-        here.bytes -= count;
-        advance(here);
-    }(shared_at<Arrival>(barrier), bytes);
 }
 
 // --- the rest -------------------------------------------------------------------------------------------------------
