@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .bench import PEERS, BenchResult, Row, Shape, label
@@ -118,18 +120,16 @@ def bench_figure(result: BenchResult) -> Figure:
     lines = -(-len(panels) // columns)
     figure = plots.new_figure(4.4 * columns, 3.4 * lines + 0.6)
     axes = figure.subplots(lines, columns, squeeze=False)
-    names = list(dict.fromkeys(_label(r) for r in result.rows if r.stage in ("kernel", "peer")))
-    colors = dict(zip(names, plots.COLORS * 3, strict=False))
+    styles = _styles(result, plots.COLORS)
     for ax, (D, causal) in zip(axes.flat, panels, strict=False):
-        for name in names:
+        for name, (color, line) in styles.items():
             points = sorted(
                 (r.shape.N, r.tops)
                 for r in result.rows
                 if _label(r) == name and (r.shape.D, r.shape.causal) == (D, causal)
             )
             if points:
-                marker = "s--" if name in PEERS else "o-"
-                ax.plot(*zip(*points, strict=True), marker, color=colors[name], label=name, markersize=5)
+                ax.plot(*zip(*points, strict=True), line, color=color, label=name, markersize=5)
         ax.set_title(f"d = {D}{', causal' if causal else ''}", fontsize=10)
         ax.set_xscale("log", base=2)
         lengths = sorted({s.N for s in result.shapes() if (s.D, s.causal) == (D, causal)})
@@ -146,6 +146,18 @@ def bench_figure(result: BenchResult) -> Figure:
     )
     figure.suptitle(f"Attention on {result.machine['gpu']}, kernel only", fontsize=11)
     return figure
+
+
+def _styles(result: BenchResult, palette: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return each contestant's colour, which is its recipe's, and line, which is its kernel's."""
+    own = [r for r in result.rows if r.stage == "kernel"]
+    colors = dict(zip(dict.fromkeys(r.name for r in own), itertools.cycle(palette), strict=False))
+    lines = dict(
+        zip(dict.fromkeys(r.backend for r in own), itertools.cycle(("o-", "^-.", "v:")), strict=False)
+    )
+    styles = {_label(r): (colors[r.name], lines[r.backend]) for r in own}
+    greys = dict(zip(PEERS, ("black", "#999999"), strict=True))
+    return {**styles, **{r.name: (greys[r.name], "s--") for r in result.rows if r.stage == "peer"}}
 
 
 def _legend(axes: Any) -> tuple[list[Any], list[str]]:
