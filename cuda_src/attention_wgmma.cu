@@ -55,8 +55,8 @@
 //     CONSUMERS   2, or 3 where DP = 64
 //     STAGES      ring depth
 //     OUT_DTYPE   kFloat16 (0), kBFloat16 (1), kFloat32 (2)
-//     OUT_PAIRS   1: the caller knows that D = DP, out_channel = 1, the other strides are even, and out is aligned
-//                 to two elements, so that pairs of channels can be stored; 0: it may not be so
+//     OUT_PAIRS   1: the caller knows that D = DP, out_channel = 1, and that rows of out start at multiples of 16
+//                 bytes, so that pairs of channels can be stored; 0: it may not be so
 //     MASKED      0: the caller knows that every row sees every key and that Sk is a multiple of 128 (less code)
 //
 // Launch: 128 * (1 + CONSUMERS) threads, min(SMs, batches * heads * row_blocks) blocks, row_blocks = ceil(Sq / ROWS).

@@ -405,6 +405,15 @@ def integer_arrays(recipe: Recipe, case: Case) -> dict[str, Any]:
     return made
 
 
+def one_key_takes_all(case: Case, key: int) -> Arrays:
+    """A case's operands, changed so that one key's scores are 100 and no other's more than some tens."""
+    q, k, v = case.logical()
+    q[..., 0], k[..., 0] = 1, 0
+    k[:, :, key] = 0
+    k[:, :, key, 0] = 100
+    return q, k, v
+
+
 def kernel_cases(
     Dp: int, lengths: Sequence[int], *, masked: bool = True, plain: bool = False, max_heads: int = 2
 ) -> st.SearchStrategy[Case]:

@@ -178,10 +178,7 @@ def test_huge_scores_give_right_rows_or_nan(name: str) -> None:
     recipe = R[name].replace(smooth_k=False, equalize=False, hadamard=False)
     variant = next(v for v in variants() if v.recipe == R[name] and v.Dp == 64 and v.tile.masked)
     case = sts.Case(B=1, H=1, Hkv=1, Sq=16, Sk=150, D=40)
-    q, k, v = case.logical()
-    q[..., 0], k[..., 0] = 1, 0
-    k[0, 0, 140] = 0
-    k[0, 0, 140, 0] = 100  # a score of 100, others of some tens at most
+    q, k, v = sts.one_key_takes_all(case, 140)
     qkv = quantize_numpy(q, k, v, recipe)
     operands = hk.packed_operands(qkv)
     right = []

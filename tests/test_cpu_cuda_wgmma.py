@@ -234,10 +234,7 @@ def test_poison_spreads_as_far_as_stated(variant: Variant, operand: str) -> None
 def test_scores_beyond_their_floats_give_nan_and_nothing_else(variant: Variant) -> None:
     """With scores so large that one key takes all, a row is its value, until its sum is lost: then NaN."""
     case = sts.Case(B=1, H=1, Hkv=1, Sq=20, Sk=260, D=variant.Dp - 24)
-    q, k, v = case.logical()
-    q[..., 0], k[..., 0] = 1, 0
-    k[0, 0, 200] = 0
-    k[0, 0, 200, 0] = 100  # a score of 100, others of some tens at most
+    q, k, v = sts.one_key_takes_all(case, 200)
     qkv = quantize_numpy(q, k, v, variant.recipe.replace(smooth_k=False, equalize=False, hadamard=False))
     for exponent, all_lost in (
         (3, False),

@@ -81,10 +81,7 @@ UNPREPARED = {
 @pytest.mark.parametrize("recipe", UNPREPARED.values(), ids=UNPREPARED)
 def test_huge_scores_give_right_rows_or_nan(recipe: Recipe, D: int, kernel: str) -> None:
     """With scores so large that one key takes all, a row is its value, or NaN; never anything else."""
-    q, k, v = sts.Case(H=2, Hkv=2, Sq=150, Sk=700, D=D).logical()
-    q[..., 0], k[..., 0] = 1, 0
-    k[:, :, 650] = 0
-    k[:, :, 650, 0] = 100  # a score of 100, others of some tens at most
+    q, k, v = sts.one_key_takes_all(sts.Case(H=2, Hkv=2, Sq=150, Sk=700, D=D), 650)
     score = intfa.attention(q, k, v, recipe=recipe, backend="numpy", return_lse=True, scale=1.0)[1]
     x = [to_device(a) for a in (q, k, v)]
     for exponent in (0, 4, 6, 7, 9, 12):
