@@ -100,10 +100,11 @@ constexpr double log2_of(double x) {
     return log;
 }
 
-// An integer P is worked out in units of the smallest float16, 2^-24: the bits of the float16 are then the integer, and
-// it is rounded once.
-constexpr float kUnit = kIntegerP ? 0x1p-24f : 1.0f;
-constexpr float kLargest = static_cast<float>(log2_of(kLevels) - (kIntegerP ? 24 : 0));  // the largest's exponent
+// Where no instruction rounds to bytes, an integer P is worked out in units of the smallest float16, 2^-24: the bits of
+// the float16 are then the integer, and it is rounded once.
+constexpr bool kSubnormalP = kIntegerP && !kRoundsBytes;
+constexpr float kUnit = kSubnormalP ? 0x1p-24f : 1.0f;
+constexpr float kLargest = static_cast<float>(log2_of(kLevels) - (kSubnormalP ? 24 : 0));  // the largest's exponent
 
 static_assert(Dp == 64 || Dp == 128 || Dp == 256, "the head dimension is padded to 64, 128 or 256");
 static_assert(kLevels >= 1 && (kLevels <= 255 || !kIntegerP), "levels of P: what its format holds");
@@ -753,7 +754,7 @@ struct Warp {
             const float stand = kRunning ? reference[h] : maximum[h];
             float y = kLargest - (kMasked && stand == -infinity() ? 0.0f : stand);
             // No rounding may lift the maximum to LEVELS + 1/2: stay below LEVELS where it could.
-            if (kIntegerP) y -= fmaxf(fmaf(fabsf(y), 2.4e-7f, -0.002f), 0.0f);
+            if (kSubnormalP) y -= fmaxf(fmaf(fabsf(y), 2.4e-7f, -0.002f), 0.0f);
             shift[h] = kRaw ? fma_down(-kFloatMagic, scale[h], y) : y;
         }
         if (kRaw && higher && __any_sync(kFullWarp, fmaxf(scale[0], scale[1]) > kCoarse)) use_differences(scale, shift);
@@ -838,7 +839,8 @@ struct Warp {
                 prob[kWideV ? 4 * block + 2 + h : 0] = pack2<kValueFormat>(e[2], e[3]);
             } else if (kIntegerP) {
                 prob[2 * block + h] =
-                    __byte_perm(pack2<kHalf>(e[0], e[1]), pack2<kHalf>(e[2], e[3]), 0x6420);
+                    kRoundsBytes ? round_bytes(e[0], e[1], e[2], e[3])
+                                 : __byte_perm(pack2<kHalf>(e[0], e[1]), pack2<kHalf>(e[2], e[3]), 0x6420);
             } else {
                 prob[2 * block + h] =
                     __byte_perm(pack2<kValueFormat>(e[0], e[1]), pack2<kValueFormat>(e[2], e[3]), 0x5410);

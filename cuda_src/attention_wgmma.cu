@@ -18,16 +18,25 @@
 // copies of packed K and V tiles (already swizzled and transposed by the quantiser) into a ring of stages, one works
 // out the items (batch, head, block of rows) and leaves a record of each, two warps copy and swizzle the rows of Q.
 // The other warpgroups, CONSUMERS of them, own 64 rows each; they share the tiles and meet in the ring. A consumer's
-// work is one stream of tiles over all its items. Where registers allow two arrays A and B of 64 accumulators, it
-// takes them through a software pipeline (PIPELINED):
+// work is one stream of tiles over all its items. Where registers allow (PIPELINED), its products run beside its other
+// work. DP = 128, with two arrays A and B of 64 accumulators:
 //
-//     step j:  wait S(j) in A | row maxima of A | wait P V(j-1) in B | O += B | issue S(j+1) into B
+//     step j:  row maxima of S(j) in A | wait P V(j-1) in B | O += B | issue S(j+1) into B
 //              | exponentials of A to P | issue P V(j) into A            then A and B change roles
 //
-// so each product runs beside other work of the same warp. An item's output is written inside the next item's first
-// step, while the tensor cores already work on that item. For DP = 64 the product P V has an array of its own and
-// S(j+1) is issued at the start of step j. Elsewhere (DP = 256, scales of K per token) the products follow each other
-// in one array, and the other warpgroups fill the gaps.
+// (with a mask, S(j+1) is issued together with P V(j)). DP = 64 has one array for S, one for P V, and registers for a
+// third warpgroup:
+//
+//     step j:  row maxima of S(j) | wait P V(j-1) | O += P V(j-1) beside the exponentials of S(j) to P
+//              | issue S(j+1), P V(j)
+//
+// No branch stands between the sum and the exponentials, so that the compiler mixes them: exponentials alone leave the
+// other pipes idle, a sum alone theirs. So an item's last product is waited for, and its output written, between two
+// steps. Elsewhere (DP = 256, scales of K per token) the products follow each other in the array of the scores, and the
+// other warpgroups fill the gaps.
+//
+// What else costs: while a product runs, its accumulators take about half of the register file's bandwidth, and no
+// other instruction but an exponential is issued in those cycles (about 32 for 64 x 128 x 32). So instructions count.
 //
 // P never leaves registers. Lane 4r+q of an accumulator holds the keys 8i+2q, 8i+2q+1, an 8-bit A operand wants
 // four neighbours 4q..4q+3: the quantiser stores V's keys in the order that makes the two coincide.
@@ -53,7 +62,7 @@
 //     P_TILE_MAX  1: P against the tile's maximum; 0: against the running maximum
 //     P_LEVELS    255 or 127
 //     CONSUMERS   2, or 3 where DP = 64
-//     STAGES      ring depth
+//     STAGES      ring depth, a power of two
 //     OUT_DTYPE   kFloat16 (0), kBFloat16 (1), kFloat32 (2)
 //     OUT_PAIRS   1: the caller knows that D = DP, out_channel = 1, and that rows of out start at multiples of 16
 //                 bytes, so that pairs of channels can be stored; 0: it may not be so
@@ -102,17 +111,22 @@ using Output = Element<OUT_DTYPE>;
 
 // Place in a consumer's stream of tiles. The same in all lanes, and written so that the compiler can tell.
 struct Cursor {
+    Ring ring;
     int round = 0;
     int tile = 0;
-    bool done = false;  // past the last item
-    Ring ring;
+    unsigned first = 0, last = 0;        // the item's tiles, as counts of the ring
+    int end = 0;                         // past the item's last tile; 0 past the last item
+    int plain_begin = 0, plain_end = 0;  // tiles of the item that need no mask
+    unsigned query = 0;                  // descriptor of the item's queries
+    unsigned scales = 0;                 // address of their scales
 };
 
 // What a step needs to know of its tile.
 struct Place {
+    Ring ring;
+    int round, tile;
     bool first, last;  // of its item
     bool masked;
-    int round, tile, stage;
 };
 
 struct Consumer {
@@ -136,10 +150,10 @@ struct Consumer {
     __device__ __forceinline__ Consumer(const AttentionParams& p_, const SharedMap& map_, int group_, int thread)
         : p(p_), map(map_), group(group_), lane(thread & 31),
           row_in_block(group_ * kGroupRows + thread / 32 * 16 + (thread & 31) / 4), quad(thread & 3) {
-        never = static_cast<unsigned>(p.channels) >> 30;
-        query_low = descriptor_low(map.query + group * kGroupRows * DP);
-        key_low = descriptor_low(map.key);
-        value_low = descriptor_low(map.value);
+        never = held(static_cast<unsigned>(p.channels) >> 30);
+        query_low = held(descriptor_low(map.query + group * kGroupRows * DP));
+        key_low = held(descriptor_low(map.key));
+        value_low = held(descriptor_low(map.value));
 #pragma unroll
         for (int i = 0; i < DP / 2; ++i) o[i] = 0.0f;
         for (int r = 0; r < 2; ++r) factor[r] = 0.0f;
@@ -148,21 +162,31 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void arrive(unsigned barrier) const {
-        if (lane == 0) barrier_arrive(barrier);
+        barrier_arrive_if(barrier, lane == 0);
     }
 
-    // Waits for the queries of the item of this round, and takes its first tile from its record.
+    // A value that is the same in all lanes, kept in a register: the compiler would work it out again at every use.
+    static __device__ __forceinline__ int held(int x) { return __reduce_max_sync(kFullWarp, x); }
+
+    // Waits for the queries of the item of this round, and takes from its record what the steps need.
     __device__ __forceinline__ void enter_item() {
         barrier_wait(map.query_full(at.round & 1), at.round >> 1 & 1);
         const int4 tiles = load_int4(map.record(at.round) + 16 * group);
-        at.tile = __reduce_max_sync(kFullWarp, tiles.x);
-        at.done = __any_sync(kFullWarp, tiles.y == 0);
+        at.tile = held(tiles.x);
+        at.end = held(tiles.y);
+        at.first = at.ring.count;
+        at.last = at.first + at.end - at.tile - 1;
+        if (MASKED) {
+            at.plain_begin = held(tiles.z);
+            at.plain_end = held(tiles.w);
+        }
+        at.query = query_low + (at.round & 1) * (kQueryBytes >> 4);
+        at.scales = map.query_scale + (at.round & 1) * kBlockRows * 4;
     }
 
     __device__ __forceinline__ Place place() const {
-        const int4 tiles = load_int4(map.record(at.round) + 16 * group);
-        return {at.tile == tiles.x, at.tile + 1 == tiles.y, at.tile < tiles.z || at.tile >= tiles.w,
-                at.round, at.tile, at.ring.stage};
+        return {at.ring, at.round, at.tile, at.ring.count == at.first, at.ring.count == at.last,
+                MASKED && (at.tile < at.plain_begin || at.tile >= at.plain_end)};
     }
 
     __device__ __forceinline__ void advance(bool last) {
@@ -182,8 +206,8 @@ struct Consumer {
 
     // S = Q K^T of the cursor's tile. Past the last item the product repeats old data, so that the code has one path.
     __device__ __forceinline__ void issue_scores(int (&s)[64]) const {
-        const unsigned a = query_low + (at.round & 1) * (kQueryBytes >> 4);
-        const unsigned b = key_low + at.ring.stage * (kTileBytes >> 4);
+        const unsigned a = at.query;
+        const unsigned b = key_low + at.ring.stage() * (kTileBytes >> 4);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < DP / 32; ++k) {
@@ -280,6 +304,7 @@ struct Consumer {
     }
 
     // Largest exponent of each of the two rows; -inf when the tile shows nothing. scale: to exponents.
+    template <bool masked>
     __device__ __forceinline__ void row_maxima(const int (&s)[64], const float (&scale)[2], float (&m)[2]) const {
         if (kRaw) {
             int x[2][4];  // four chains a row, for the latency
@@ -291,7 +316,7 @@ struct Consumer {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int y = max(max3(x[r][0], x[r][1], x[r][2]), x[r][3]);
-                m[r] = MASKED && y == kHidden ? -infinity() : static_cast<float>(y) * scale[r];
+                m[r] = masked && y == kHidden ? -infinity() : static_cast<float>(y) * scale[r];
             }
         } else {
             float x[2][4];
@@ -304,21 +329,39 @@ struct Consumer {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float y = fmaxf(fmaxf(x[r][0], x[r][1]), fmaxf(x[r][2], x[r][3]));
-                m[r] = kFolded ? y : MASKED && y == __int_as_float(kHidden) ? -infinity() : y * scale[r];
+                m[r] = kFolded ? y : masked && y == __int_as_float(kHidden) ? -infinity() : y * scale[r];
             }
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) m[r] = quad_max(m[r]);
     }
 
-    // What takes an exponent relative to a maximum: kLargest - m, and lower by as much as m and this difference are
-    // rounded. Else a maximum of 20,000 could come out as P = 256, which a byte takes for 0.
+    // What takes an exponent relative to a maximum. Rounding may lift the largest above LEVELS: round_bytes stops there
+    // (at 255; 127 has room).
+    template <bool masked>
     static __device__ __forceinline__ float shift_from(float m) {
-        return m == -infinity() ? kLargest : fmaf(fabsf(m), -0x1p-23f, kLargest) - m;
+        return masked && m == -infinity() ? kLargest : kLargest - m;
     }
 
-    // From the rows' maxima: the shift of the exponents, the factor of this tile's product, l's rescaling.
-    __device__ __forceinline__ void update_reference(const float (&m)[2], float (&shift)[2]) {
+    // From the rows' maxima: the shift of the exponents; with a running maximum also where O and l stand.
+    template <bool masked>
+    __device__ __forceinline__ void choose_shift(const float (&m)[2], float (&shift)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (kTileMax) {
+                shift[r] = shift_from<masked>(m[r]);
+            } else {
+                const float to = fmaxf(reference[r], m[r]);
+                factor[r] = exp2_from(reference[r], to);
+                shift[r] = shift_from<masked>(to);
+                reference[r] = to;
+            }
+        }
+    }
+
+    // Where O and l stand, the factor of this tile's product, and l. sum: this lane's share of the tile's P. Nothing
+    // that P waits for: it runs beside the product.
+    __device__ __forceinline__ void settle(const float (&m)[2], const float (&sum)[2]) {
         if (kTileMax) {
             bool grow[2];
 #pragma unroll
@@ -335,18 +378,19 @@ struct Consumer {
                 }
             }
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                factor[r] = exp2_from(m[r], reference[r]);
-                shift[r] = shift_from(m[r]);
-            }
-        } else {
+            for (int r = 0; r < 2; ++r)
+                factor[r] = MASKED ? exp2_from(m[r], reference[r]) : exp2_fast(m[r] - reference[r]);
+        }
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float to = fmaxf(reference[r], m[r]);
-                factor[r] = exp2_from(reference[r], to);
-                shift[r] = shift_from(to);
-                reference[r] = to;
+        for (int r = 0; r < 2; ++r) {
+            float x = sum[r];
+            if (!kFolded) {
+                unsigned count[2] = {0, 0};
+#pragma unroll
+                for (int w = r; w < 16; w += 2) count[w / 8] = __dp4a(prob[w], 0x01010101u, count[w / 8]);
+                x = static_cast<float>(static_cast<int>(count[0] + count[1]));
             }
+            l[r] = kTileMax ? fmaf(x, factor[r], l[r]) : fmaf(l[r], factor[r], x);
         }
     }
 
@@ -356,11 +400,11 @@ struct Consumer {
     }
 
     // P from the scores, and l. The exponentials take the place of the scores: no further registers are free.
+    template <bool masked>
     __device__ __forceinline__ void exponentials(int (&s)[64], const float (&scale)[2], const float (&shift)[2],
-                                                 const Place& place) {
-        const unsigned fold = map.aux + place.stage * kAuxBytes + kScaleBytes + 16 * quad;
-        float unrounded[2] = {0.0f, 0.0f};
-        take_turn();
+                                                 const Place& place, float (&sum)[2]) {
+        const unsigned fold = map.aux + place.ring.stage() * kAuxBytes + kScaleBytes + 16 * quad;
+        sum[0] = sum[1] = 0.0f;
         float shifts[2] = {shift[0], shift[1]};
 #pragma unroll
         for (int block = 0; block < 8; ++block) {  // 16 keys
@@ -380,37 +424,25 @@ struct Consumer {
                     const float4 value = load_float4(fold + 128 * block + 64 * half);
 #pragma unroll
                     for (int n = 0; n < 4; ++n)
-                        unrounded[n >> 1] = fmaf(__int_as_float(s[8 * block + 4 * half + n]),
-                                                 n & 1 ? value.w : value.y, unrounded[n >> 1]);
+                        sum[n >> 1] = fmaf(__int_as_float(s[8 * block + 4 * half + n]), n & 1 ? value.w : value.y,
+                                           sum[n >> 1]);
                 }
             }
-            // Rounded to halves they are subnormal, and those have for bits the integers.
 #pragma unroll
             for (int w = 2 * block; w < 2 * block + 2; ++w)
-                prob[w] = __byte_perm(
-                    pack_halves(__int_as_float(s[score_of(w, 0)]), __int_as_float(s[score_of(w, 1)])),
-                    pack_halves(__int_as_float(s[score_of(w, 2)]), __int_as_float(s[score_of(w, 3)])), 0x6420);
+                prob[w] = round_bytes(__int_as_float(s[score_of(w, 0)]), __int_as_float(s[score_of(w, 1)]),
+                                      __int_as_float(s[score_of(w, 2)]), __int_as_float(s[score_of(w, 3)]));
         }
-        pass_turn();
-        if (MASKED && !kFolded && __builtin_expect(place.masked, 0)) hide_probabilities(place);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float sum = unrounded[r] * (1.0f / kUnit);
-            if (!kFolded) {
-                unsigned count[2] = {0, 0};
-#pragma unroll
-                for (int w = r; w < 16; w += 2) count[w / 8] = __dp4a(prob[w], 0x01010101u, count[w / 8]);
-                sum = static_cast<float>(static_cast<int>(count[0] + count[1]));
-            }
-            l[r] = kTileMax ? fmaf(sum, factor[r], l[r]) : fmaf(l[r], factor[r], sum);
-        }
+        if (masked && !kFolded && __builtin_expect(place.masked, 0)) hide_probabilities(place);
     }
 
-    // m: of the item's first tile, whose maximum is the reference.
-    __device__ __forceinline__ void begin_item(const float (&scale)[2], const float (&m)[2]) {
+    // The rows of the cursor's item. The first tile that they see moves the reference.
+    __device__ __forceinline__ void begin_item() {
+        float scale[2];
+        read_scales(scale);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            reference[r] = kTileMax ? m[r] : -infinity();
+            reference[r] = -infinity();
             l[r] = scale[r] * 0.0f;  // NaN for a poisoned row, and so it stays
         }
 #pragma unroll
@@ -480,132 +512,140 @@ struct Consumer {
 
     // The scales of the two rows for the cursor's tile; token scales of K come in later.
     __device__ __forceinline__ void read_scales(float (&scale)[2]) const {
-        const unsigned address = map.query_scale + ((at.round & 1) * kBlockRows + row_in_block) * 4;
-        const float key_scale = kRaw ? load_float(map.aux + at.ring.stage * kAuxBytes + 4 * quad) : 1.0f;
+        const unsigned address = at.scales + 4 * row_in_block;
+        const float key_scale = kRaw ? load_float(map.aux + at.ring.stage() * kAuxBytes + 4 * quad) : 1.0f;
         const float factor = fabsf(p.scale_log2) * key_scale;  // its sign is in Q
         scale[0] = load_float(address) * factor;
         scale[1] = load_float(address + 32) * factor;
     }
 
     // From S to the row maxima: everything of a step before the product under way is needed. scale: of the two rows.
+    template <bool masked>
     __device__ __forceinline__ void first_half(int (&s)[64], const Place& place, const float (&scale)[2],
                                                float (&m)[2]) {
-        if (kRaw) arrive(map.key_empty(place.stage));
+        if (kRaw) arrive(map.key_empty(place.ring.stage()));
         if (place.last) arrive(map.query_empty(place.round & 1));
-        if (!kRaw) scale_scores(s, place.stage, scale);
-        if (MASKED && __builtin_expect(place.masked, 0)) hide_scores(s, place);
-        row_maxima(s, scale, m);
+        if (!kRaw) scale_scores(s, place.ring.stage(), scale);
+        if (masked && __builtin_expect(place.masked, 0)) hide_scores(s, place);
+        row_maxima<masked>(s, scale, m);
     }
 
     __device__ __forceinline__ bool next_key_ready() const {
         Ring next = at.ring;
         next.advance();
-        return barrier_test(map.key_full(next.stage), next.phase);
+        return barrier_test(map.key_full(next.stage()), next.phase());
     }
 
     __device__ __forceinline__ void wait_key(bool ready) const {
-        if (!ready && !at.done) barrier_wait(map.key_full(at.ring.stage), at.ring.phase);
+        if (!ready && at.end != 0) barrier_wait(map.key_full(at.ring.stage()), at.ring.phase());
     }
 
-    // Two warpgroups take turns at the exponentials, so that one computes them while the other does everything else.
-    __device__ __forceinline__ void take_turn() const {
-        if (kTurns) numbered_barrier_wait(1 + group, 256);
-    }
-
-    __device__ __forceinline__ void pass_turn() const {
-        if (kTurns) numbered_barrier_arrive(2 - group, 256);
-    }
-
-    // From the row maxima to P.
-    __device__ __forceinline__ void second_half(int (&s)[64], const Place& place, unsigned phase,
-                                                const float (&scale)[2], const float (&m)[2]) {
+    // From the row maxima to P. sum: see settle().
+    template <bool masked>
+    __device__ __forceinline__ void second_half(int (&s)[64], const Place& place, const float (&scale)[2],
+                                                const float (&m)[2], float (&sum)[2]) {
         float shift[2];
-        const bool value_ready = barrier_test(map.value_full(place.stage), phase);
-        update_reference(m, shift);
-        exponentials(s, scale, shift, place);
-        if (!kRaw) arrive(map.key_empty(place.stage));
-        if (!value_ready) barrier_wait(map.value_full(place.stage), phase);
+        const bool value_ready = barrier_test(map.value_full(place.ring.stage()), place.ring.phase());
+        choose_shift<masked>(m, shift);
+        exponentials<masked>(s, scale, shift, place, sum);
+        if (!kRaw) arrive(map.key_empty(place.ring.stage()));
+        if (!value_ready) barrier_wait(map.value_full(place.ring.stage()), place.ring.phase());
     }
 
 #if PIPELINED
-    // A step of the pipeline: S of the cursor's tile is in s, the product of the tile before under way in `product`,
-    // which for DP = 128 is `other` itself.
+    // S in s becomes P, the product before is added to O, and `other` is free. masked: the tile needs a mask.
+    template <bool masked, int n>
+    __device__ __forceinline__ void probabilities(int (&s)[64], int (&other)[64], int (&product)[n], const Place& here,
+                                                  const float (&scale)[2], float (&m)[2], float (&sum)[2]) {
+        constexpr bool product_first = masked && DP == 64;  // hiding scores needs its registers
+        if (!product_first) first_half<masked>(s, here, scale, m);
+        wgmma_wait<0>(product, prob);
+        if (here.ring.count > 0) arrive(map.value_empty(here.ring.previous_stage()));
+        add_product(product, 0);
+        if (kScoresFirst) issue_scores(other);
+        if (product_first) first_half<masked>(s, here, scale, m);
+        second_half<masked>(s, here, scale, m, sum);
+    }
+
+    // A step of the pipeline: S of the cursor's tile is in s, the product of the tile before under way in `product`.
+    // S of the next tile goes to `other`, the tile's own product to `next`.
     template <int n>
-    __device__ __forceinline__ void step(int (&s)[64], int (&other)[64], int (&product)[n]) {
-        float scale[2], m[2];
+    __device__ __forceinline__ void step(int (&s)[64], int (&other)[64], int (&product)[n], int (&next)[n]) {
+        float scale[2], m[2], sum[2];
         const Place here = place();
-        const unsigned phase = at.ring.phase;
-        const bool key_ready = next_key_ready();
+        bool key_ready = !kTestLate && next_key_ready();
         read_scales(scale);
-        if (DP == 64) {
+        if (kScoresFirst) {
+            advance(here.last);
+            wait_key(key_ready);
+        }
+        if (MASKED && __builtin_expect(here.masked, 0))
+            probabilities<true>(s, other, product, here, scale, m, sum);
+        else
+            probabilities<false>(s, other, product, here, scale, m, sum);
+        if (kTestLate) key_ready = next_key_ready();
+        if (!kSettleLate) settle(m, sum);
+        if (!kScoresFirst) {
             advance(here.last);
             wait_key(key_ready);
             issue_scores(other);
         }
-        first_half(s, here, scale, m);
-        if (DP == 64) {
-            wgmma_wait<1>(product, prob);
-        } else {
-            advance(here.last);
-            wait_key(key_ready);
-            wgmma_wait<0>(product, prob);
-        }
-        if (!here.first || here.round > 0) arrive(map.value_empty(here.stage == 0 ? kStages - 1 : here.stage - 1));
-        add_product(product, 0);
-        if (DP == 128) issue_scores(other);
-        if (__builtin_expect(here.first, 0)) {
-            if (here.round > 0) finish_item(here.round - 1);
-            begin_item(scale, m);
-        }
-        second_half(s, here, phase, scale, m);
+        issue_values(next, here.ring.stage(), 0);
+        if (kSettleLate) settle(m, sum);
     }
 
+    // At the first tile of an item: ends the item before, whose last product is under way. True past the last item.
     template <int n>
-    __device__ __forceinline__ void drain(int (&product)[n]) {
+    __device__ __forceinline__ bool change_item(int (&product)[n]) {
         wgmma_wait<0>(product, prob);
-        add_product(product, 0);
-        finish_item(at.round - 1);
+        if (at.round > 0) {
+            add_product(product, 0);
+            finish_item(at.round - 1);
+        }
+        if (at.end == 0) return true;
+        begin_item();
+#pragma unroll
+        for (int i = 0; i < n; ++i) product[i] = 0;  // it is in O
+        // The next step adds it once more, with this factor: NaN, after a lost row, would make NaN of it. (A factor set
+        // to 0 makes the compiler find other registers, with which steps are 5 % slower.)
+        for (int r = 0; r < 2; ++r) factor[r] = fminf(factor[r], 0x1p100f);
+        return false;
     }
 
     __device__ __forceinline__ void run() {
-        static_assert(DP <= 128, "not enough registers");
-        int a[64], b[64];
+        int a[64], b[DP == 64 ? 32 : 64];
 #pragma unroll
-        for (int i = 0; i < 64; ++i) a[i] = b[i] = 0;
-#if DP == 64
-        int product[32];
+        for (int i = 0; i < 64; ++i) a[i] = 0;
 #pragma unroll
-        for (int i = 0; i < 32; ++i) product[i] = 0;
-        int(&product_a)[32] = product;
-        int(&product_b)[32] = product;
-#else
-        int(&product_a)[64] = a;
-        int(&product_b)[64] = b;
-#endif
+        for (int i = 0; i < DP / 2; ++i) b[i] = 0;
         enter_item();
         wait_key(false);
         issue_scores(a);
         wgmma_wait<0>(a);
         while (true) {
             wgmma_wait<1>(a);
-            if (at.done) {
-                drain(product_b);
-                break;
-            }
-            int stage = at.ring.stage;
-            step(a, b, product_b);
-            issue_values(product_a, stage, 0);
+            if (__builtin_expect(at.ring.count == at.first, 0))
+                if (change_item(b)) break;
+#if DP == 64
+            step(a, a, b, b);
+#else
+            step(a, b, b, a);
             wgmma_wait<1>(b);
-            if (at.done) {
-                drain(product_a);
-                break;
-            }
-            stage = at.ring.stage;
-            step(b, a, product_a);
-            issue_values(product_b, stage, 0);
+            if (__builtin_expect(at.ring.count == at.first, 0))
+                if (change_item(a)) break;
+            step(b, a, a, b);
+#endif
         }
     }
 #else
+    // What a product takes of the array that the scores were in.
+    static __device__ __forceinline__ auto& product_of(int (&s)[64]) {
+        if constexpr (kHalves)
+            return half<1>(s);
+        else
+            return s;
+    }
+
     __device__ __forceinline__ void run() {
         int s[64];
 #pragma unroll
@@ -615,28 +655,25 @@ struct Consumer {
         issue_scores(s);
         while (true) {
             wgmma_wait<0>(s);
-            if (at.done) break;
-            float scale[2], m[2];
+            if (at.end == 0) break;
+            float scale[2], m[2], sum[2];
             const Place here = place();
-            const unsigned phase = at.ring.phase;
             read_scales(scale);
-            first_half(s, here, scale, m);
-            if (__builtin_expect(here.first, 0)) begin_item(scale, m);
-            second_half(s, here, phase, scale, m);
+            first_half<MASKED>(s, here, scale, m);
+            if (__builtin_expect(here.first, 0)) begin_item();
+            second_half<MASKED>(s, here, scale, m, sum);
             const bool key_ready = next_key_ready();
-            if constexpr (kHalves) {
-                issue_values(half<1>(s), here.stage, 0);
-                wgmma_wait<0>(half<1>(s), prob);
-                add_product(half<1>(s), 0);
-            } else {
+            if (!kSettleLate) settle(m, sum);
+            constexpr int width = kHalves ? 64 : 128;  // channels of a product
 #pragma unroll
-                for (int channel = 0; channel < DP; channel += 128) {
-                    issue_values(s, here.stage, channel);
-                    wgmma_wait<0>(s, prob);
-                    add_product(s, channel / 2);
-                }
+            for (int channel = 0; channel < DP; channel += width) {
+                auto& product = product_of(s);
+                issue_values(product, here.ring.stage(), channel);
+                if (kSettleLate && channel == 0) settle(m, sum);
+                wgmma_wait<0>(product, prob);
+                add_product(product, channel / 2);
             }
-            arrive(map.value_empty(here.stage));
+            arrive(map.value_empty(here.ring.stage()));
             advance(here.last);
             wait_key(key_ready);
             issue_scores(s);
@@ -654,7 +691,7 @@ extern "C" __global__ void __launch_bounds__(intfa::kThreads, 1)
     extern __shared__ __align__(1024) unsigned char shared[];
     const SharedMap map(shared_address(shared));
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
+        for (unsigned i = 0; i < kStages; ++i) {
             barrier_init(map.key_full(i), 1);
             barrier_init(map.key_empty(i), 4 * kConsumers);
             barrier_init(map.value_full(i), 1);
@@ -682,7 +719,6 @@ extern "C" __global__ void __launch_bounds__(intfa::kThreads, 1)
         // The result of a warp reduction is known to be the same in all lanes.
         const int group = static_cast<int>(__reduce_max_sync(kFullWarp, threadIdx.x / 128)) - 1;
         Consumer consumer(p, map, group, thread);
-        if (kTurns && group == 1) numbered_barrier_arrive(1, 256);
         consumer.run();
     }
 }

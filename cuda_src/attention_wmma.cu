@@ -266,11 +266,11 @@ struct Softmax {
             x[1] = fmaf(x[1], low, a.z);
             x[2] = fmaf(x[2], high, b.x);
             x[3] = fmaf(x[3], high, b.z);
-        } else {
-            x[0] *= low;
-            x[1] *= low;
-            x[2] *= high;
-            x[3] *= high;
+        } else {  // not to be contracted with what follows: the maximum and the exponentials must agree
+            x[0] = mul_rn(x[0], low);
+            x[1] = mul_rn(x[1], low);
+            x[2] = mul_rn(x[2], high);
+            x[3] = mul_rn(x[3], high);
         }
         if (masked) {
 #pragma unroll

@@ -22,6 +22,17 @@ __device__ __forceinline__ void barrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same where `condition` holds, without a branch.
+__device__ __forceinline__ void barrier_arrive_if(unsigned barrier, bool condition) {
+    asm volatile(
+        "{\n"
+        ".reg .pred go;\n"
+        "setp.ne.b32 go, %1, 0;\n"
+        "@go mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+        "}\n" ::"r"(barrier), "r"(static_cast<int>(condition))
+        : "memory");
+}
+
 // One arrival that also announces bytes to come from bulk copies.
 __device__ __forceinline__ void barrier_expect(unsigned barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -52,16 +63,6 @@ __device__ __forceinline__ bool barrier_test(unsigned barrier, unsigned parity) 
         : "r"(barrier), "r"(parity)
         : "memory");
     return done != 0;
-}
-
-// --- numbered barriers of some of a block's warps: those that wait, and those that only arrive ---------------
-
-__device__ __forceinline__ void numbered_barrier_wait(int number, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void numbered_barrier_arrive(int number, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // --- copies -------------------------------------------------------------------------------------------------

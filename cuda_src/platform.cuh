@@ -78,14 +78,6 @@ __device__ __forceinline__ float reciprocal_near(float x) {
 #endif
 }
 
-__device__ __forceinline__ float sqrt_rn(float a) {
-#ifdef __CUDA_ARCH__
-    return __fsqrt_rn(a);
-#else
-    return __builtin_sqrtf(a);
-#endif
-}
-
 // The larger of a and |b| for a >= 0, NaN if either is: no NaN slips through a maximum.
 __device__ __forceinline__ float max_magnitude(float a, float b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -117,6 +109,39 @@ __device__ __forceinline__ uint32 pack_low_bytes(uint32 a, uint32 b, uint32 c, u
     return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 #else
     return (a & 255u) | (b & 255u) << 8 | (c & 255u) << 16 | d << 24;
+#endif
+}
+
+// Whether one instruction rounds and packs two bytes. Elsewhere (and it is slow there) use float16's subnormals: their
+// bits are integers.
+constexpr bool kRoundsBytes = kArchitecture == 0 || kArchitecture >= 860;
+
+// The word of four floats rounded to unsigned bytes, half to even, the first one lowest. What is beyond a byte's range
+// becomes its end, NaN 0.
+__device__ __forceinline__ uint32 round_bytes(float a, float b, float c, float d) {
+#ifdef __CUDA_ARCH__
+    uint32 word;
+    asm("{\n"
+        ".reg .s32 a, b, c, d;\n"
+        ".reg .b32 high;\n"
+        "cvt.rni.s32.f32 a, %1;\n"
+        "cvt.rni.s32.f32 b, %2;\n"
+        "cvt.rni.s32.f32 c, %3;\n"
+        "cvt.rni.s32.f32 d, %4;\n"
+        "cvt.pack.sat.u8.s32.b32 high, d, c, 0;\n"
+        "cvt.pack.sat.u8.s32.b32 %0, b, a, high;\n"
+        "}"
+        : "=r"(word)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return word;
+#else
+    const float x[4] = {a, b, c, d};
+    uint32 word = 0;
+    for (int i = 0; i < 4; ++i) {
+        const float y = x[i] > 0.0f ? x[i] < 255.0f ? __builtin_rintf(x[i]) : 255.0f : 0.0f;
+        word |= static_cast<uint32>(y) << 8 * i;
+    }
+    return word;
 #endif
 }
 

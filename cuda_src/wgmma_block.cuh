@@ -8,14 +8,15 @@
 #include "shared_memory.cuh"
 #include "wgmma.cuh"
 
-// Whether the products of a warp run beside its other work. It takes the registers of two arrays of scores.
-#define PIPELINED (DP <= 128 && CONSUMERS == 2 && K_SCALE == 1)
+// Whether the products of a warp run beside its other work. It takes registers besides those of the scores.
+#define PIPELINED (DP <= 128 && K_SCALE == 1)
 
 namespace intfa {
 
 // --- shape of a block ---------------------------------------------------------------------------------------
 
-constexpr int kStages = STAGES;
+constexpr unsigned kStages = STAGES;
+static_assert((kStages & (kStages - 1)) == 0, "the number of stages is a power of two");
 constexpr int kConsumers = CONSUMERS;     // warpgroups that compute
 constexpr int kGroupRows = 64;            // query rows of each
 constexpr int kBlockRows = kConsumers * kGroupRows;
@@ -23,11 +24,18 @@ constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kProducerRegisters = 24;
 constexpr int kQueryLoaders = 64;         // threads that copy Q
 constexpr int kConsumerRegisters = 480 / kConsumers;  // 128 * (24 + 480) of the SM's 65536
+
+// --- what runs beside what: found by measurement ------------------------------------------------------------
+
 // The exponentials run in blocks of 16 keys; a block starts after the probabilities of the one kChain before are
-// packed. Left to itself the compiler puts all exponentials in one run, and all packing behind it.
-constexpr int kChain = 3;
-// Whether the warpgroups take turns at the exponentials. It pays where the products run beside them.
-constexpr bool kTurns = PIPELINED;
+// packed (there are 8 blocks). Left to itself the compiler puts all exponentials in one run, and all packing behind it.
+constexpr int kChain = !PIPELINED ? 4 : DP == 64 ? 8 : MASKED ? 3 : 2;
+// The next tile's S is issued as soon as its array is free, not only together with this tile's P V.
+constexpr bool kScoresFirst = PIPELINED && DP == 128 && !MASKED;
+// Where O and l stand is settled while P V is under way, not before it is issued.
+constexpr bool kSettleLate = PIPELINED ? DP == 128 && MASKED : DP < 256;
+// Whether the next keys are there is looked up late in a step: earlier, the answer costs a register too many.
+constexpr bool kTestLate = MASKED;
 
 // Scores stay integers until the exponent when one scale covers all keys of a thread; else they become floats first.
 constexpr bool kRaw = K_SCALE == kScaleGroup;
@@ -36,15 +44,14 @@ constexpr bool kTileMax = P_TILE_MAX;
 static_assert(K_SCALE == kScaleGroup || K_SCALE == kScaleToken, "K scale per token or per group");
 static_assert(!kFolded || K_SCALE == kScaleToken, "folded V goes with token scales of K");
 static_assert(DP == 64 || DP == 128 || DP == 256, "head dimension is padded to 64, 128 or 256");
-static_assert(kConsumers == 2 || (kConsumers == 3 && DP == 64), "three consumers have too few registers");
+static_assert(kConsumers == (DP == 64 ? 3 : 2), "what the registers allow");
 // Whether the product of 64 channels takes half of the array that the scores were in.
 constexpr bool kHalves = DP == 64 && !PIPELINED;
 
 constexpr float kLevels = P_LEVELS;
 static_assert(P_LEVELS == 255 || P_LEVELS == 127, "LEVELS");
-// P is worked out in units of the smallest half, 2^-24. The exponent of a row's largest:
-constexpr float kUnit = 0x1p-24f;
-constexpr float kLargest = (P_LEVELS == 255 ? 7.99435343685886f : 6.98868468677217f) - 24.0f;
+// The exponent of a row's largest P.
+constexpr float kLargest = P_LEVELS == 255 ? 7.99435343685886f : 6.98868468677217f;
 
 constexpr int kTileBytes = kTileKeys * DP;             // of K and of V
 constexpr int kQueryBytes = kBlockRows * DP;
@@ -85,7 +92,9 @@ struct SharedMap {
     __device__ __forceinline__ unsigned record_full(int buffer) const {
         return barriers + 8 * (4 * kStages + 4 + buffer);
     }
-    __device__ __forceinline__ unsigned record(int round) const { return item + round % kItemSlots * kRecordBytes; }
+    __device__ __forceinline__ unsigned record(int round) const {
+        return item + (round & (kItemSlots - 1)) * kRecordBytes;
+    }
 };
 
 // --- items: (batch, head, block of rows), dealt to the blocks of the grid ----------------------------------
@@ -156,15 +165,13 @@ __device__ __forceinline__ void produce_records(const AttentionParams& p, const 
     }
 }
 
+// Place in the ring of stages.
 struct Ring {
-    int stage = 0;
-    unsigned phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
+    unsigned count = 0;  // tiles so far
+    __device__ __forceinline__ void advance() { ++count; }
+    __device__ __forceinline__ unsigned stage() const { return count % kStages; }
+    __device__ __forceinline__ unsigned previous_stage() const { return (count - 1) % kStages; }
+    __device__ __forceinline__ unsigned phase() const { return count / kStages & 1; }
 };
 
 // --- producers ----------------------------------------------------------------------------------------------
@@ -181,17 +188,17 @@ __device__ __forceinline__ void produce_tiles(const AttentionParams& p, const Sh
         int count = tiles.y - tiles.x;
 #pragma unroll 1
         for (; count > 0; --count, ++tile) {
-            const unsigned key_full = map.key_full(ring.stage);
-            barrier_wait(map.key_empty(ring.stage), ring.phase ^ 1);
+            const unsigned key_full = map.key_full(ring.stage());
+            barrier_wait(map.key_empty(ring.stage()), ring.phase() ^ 1);
             barrier_expect(key_full, kTileBytes + kAuxBytes);
-            bulk_copy(map.key + ring.stage * kTileBytes, p.k + tile * kTileBytes, kTileBytes, key_full);
-            const unsigned aux = map.aux + ring.stage * kAuxBytes;
+            bulk_copy(map.key + ring.stage() * kTileBytes, p.k + tile * kTileBytes, kTileBytes, key_full);
+            const unsigned aux = map.aux + ring.stage() * kAuxBytes;
             bulk_copy(aux, p.k_scale + tile * (kScaleBytes / 4), kScaleBytes, key_full);
             if (kFolded) bulk_copy(aux + kScaleBytes, p.v_fold + tile * (2 * kTileKeys), 8 * kTileKeys, key_full);
-            const unsigned value_full = map.value_full(ring.stage);
-            barrier_wait(map.value_empty(ring.stage), ring.phase ^ 1);
+            const unsigned value_full = map.value_full(ring.stage());
+            barrier_wait(map.value_empty(ring.stage()), ring.phase() ^ 1);
             barrier_expect(value_full, kTileBytes);
-            bulk_copy(map.value + ring.stage * kTileBytes, static_cast<const signed char*>(p.v) + tile * kTileBytes,
+            bulk_copy(map.value + ring.stage() * kTileBytes, static_cast<const signed char*>(p.v) + tile * kTileBytes,
                       kTileBytes, value_full);
             ring.advance();
         }

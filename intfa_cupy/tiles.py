@@ -212,10 +212,9 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
 
 
 def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
-    # The map of attention_wgmma.cu. With a K scale per token the products run beside no other work of their
-    # warps, and a third warpgroup fills the gaps, where the registers are enough for it.
+    # The map of attention_wgmma.cu. As many warpgroups as the registers allow.
     group = recipe.k_granularity == "group"
-    stages, consumers = {64: 8, 128: 5, 256: 2}[Dp], 3 if Dp == 64 and not group else 2
+    stages, consumers = {64: 8, 128: 4, 256: 2}[Dp], 3 if Dp == 64 else 2
     rows = 64 * consumers
     aux = (16 if group else 4 * TILE) + (8 * TILE if recipe.folded_v else 0)
     shared = 2 * rows * (Dp + 4) + stages * (2 * TILE * Dp + aux) + 16 * Dp + 4 * (16 * consumers + 32)
@@ -264,7 +263,7 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
             return _with_less_memory(_Mma(fence=8, min_blocks=3))
         # The logarithms of folded V take the registers of products.
         three = _Mma(beside=2 if recipe.folded_v else 4, query_in_registers=False, min_blocks=3)
-        four = _Mma(beside=0, fence=int(capability < 90), query_in_registers=False, min_blocks=4)
+        four = _Mma(beside=0, fence=1 if capability < 90 else 4, query_in_registers=False, min_blocks=4)
         if recipe.p_max == "running" or capability >= 100 or (recipe.folded_v and capability < 90):
             return _with_less_memory(three)
         return [four, *_with_less_memory(three)]
@@ -272,6 +271,7 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
         if fp8:
             stash = 8 if capability // 10 == 10 else 0
             return [_Mma(buffers=1, fence=8, query_in_registers=False, min_blocks=2, stash=stash)]
+        fence |= int(channel_scales and capability // 10 == 10)
         return [_Mma(beside=8, fence=fence, min_blocks=2), _Mma(buffers=1, fence=fence, min_blocks=2)]
     large = _Mma(buffers=1, beside=0, query_in_registers=False, fence=2)
     if fp8:

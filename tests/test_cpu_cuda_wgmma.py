@@ -103,7 +103,8 @@ WAITS = (
     "barrier_wait(map.key_empty",
     "barrier_wait(map.value_empty",
     "barrier_wait(map.value_full",
-    "wgmma_wait<1>(product",
+    "wgmma_wait<0>(product",
+    "wgmma_wait<1>(a",
 )
 
 

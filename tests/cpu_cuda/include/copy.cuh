@@ -41,6 +41,10 @@ inline void barrier_arrive(unsigned barrier, cpu_cuda::Site site = cpu_cuda::Sit
     barrier_expect(barrier, 0, site);
 }
 
+inline void barrier_arrive_if(unsigned barrier, bool condition, cpu_cuda::Site site = cpu_cuda::Site::here()) {
+    if (condition) barrier_arrive(barrier, site);
+}
+
 inline bool barrier_test(unsigned barrier, unsigned parity) {
     return shared_at<Arrival>(barrier).phases % 2 != parity;
 }
@@ -58,15 +62,6 @@ inline void barrier_wait(unsigned barrier, unsigned parity, cpu_cuda::Site site 
         cpu_cuda::wait_until(parity != 0 ? phase_can_end<1> : phase_can_end<0>, here, site);
         cpu_cuda::carry_out(copies_to(here));
     } while (!barrier_test(barrier, parity));
-}
-
-// --- numbered barriers ----------------------------------------------------------------------------------------------
-
-inline void numbered_barrier_wait(int number, int threads, cpu_cuda::Site site = cpu_cuda::Site::here()) {
-    cpu_cuda::numbered_barrier(number, threads, true, site);
-}
-inline void numbered_barrier_arrive(int number, int threads, cpu_cuda::Site site = cpu_cuda::Site::here()) {
-    cpu_cuda::numbered_barrier(number, threads, false, site);
 }
 
 // --- copies ---------------------------------------------------------------------------------------------------------

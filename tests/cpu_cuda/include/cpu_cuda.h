@@ -50,7 +50,6 @@ enum class Op : int {
     fragment_store,
     fragment_mma,
     memory_barrier,
-    numbered_barrier,
 };
 
 struct Votes {
@@ -65,8 +64,6 @@ void wait_until(bool (*holds)(const void*), const void* memory, Site site, Op op
 inline void wait_perhaps(Site site) {
     wait_until([](const void*) { return true; }, nullptr, site);
 }
-// A barrier of `threads` threads, some of which may only arrive.
-void numbered_barrier(int number, int threads, bool wait, Site site);
 std::uint64_t shuffle(Op op, std::uint64_t bits, int operand, int width, unsigned mask, Site site);
 unsigned ballot(unsigned mask, int predicate, Site site);
 unsigned reduce(Op op, unsigned mask, unsigned value, Site site);

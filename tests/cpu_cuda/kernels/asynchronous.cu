@@ -49,16 +49,3 @@ extern "C" __global__ void transfer(const int* in, int* out, int bad) {
         if (bad != 5) __syncthreads();
     }
 }
-
-// Two warps write, two read.
-extern "C" __global__ void handover(int* out, int bad) {
-    extern __shared__ __align__(1024) unsigned char shared[];
-    const unsigned words = shared_address(shared);
-    if (threadIdx.x < 64) {
-        store_float(words + threadIdx.x * 4, 1.0f);
-        numbered_barrier_arrive(bad == 1 ? 2 : 1, bad == 2 ? 96 : 128);
-    } else {
-        if (bad != 4) numbered_barrier_wait(bad == 3 ? 0 : 1, 128);
-        out[threadIdx.x - 64] = static_cast<int>(load_float(words + (threadIdx.x - 64) * 4));
-    }
-}

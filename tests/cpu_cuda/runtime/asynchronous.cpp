@@ -1,4 +1,4 @@
-// Work that runs beside the thread that issued it, and barriers of some of a block's warps.
+// Work that runs beside the thread that issued it.
 #include <cstring>
 #include <unordered_map>
 
@@ -13,24 +13,10 @@ struct Work {
 };
 std::unordered_map<std::uint64_t, std::vector<Work>> put_off_work;
 
-struct NumberedBarrier {
-    int expected;     // threads, while some of them have arrived
-    int arrived;
-    unsigned opened;  // how often
-};
-constexpr int kNumberedBarriers = 16;
-NumberedBarrier numbered[kNumberedBarriers];
-
-struct Arrived {
-    const NumberedBarrier& at;
-    unsigned opened;  // before that
-};
-
 }  // namespace
 
 void begin_asynchronous() {
     put_off_work.clear();
-    for (NumberedBarrier& barrier : numbered) barrier = {};
 }
 
 bool works_late() { return launch->asynchronous_is_late != 0; }
@@ -51,27 +37,6 @@ void carry_out(std::uint64_t key) {
         const Work here = work;  // the kernel's code may look at its own stack
         here.run(here.what);
     }
-}
-
-void numbered_barrier(int number, int threads, bool wait, Site site) {
-    if (number < 1 || number >= kNumberedBarriers)
-        trap("a numbered barrier is one of 1 to 15; 0 is __syncthreads'", site);
-    if (threads < 1 || threads % kWarp != 0) trap("a numbered barrier is for whole warps", site);
-    NumberedBarrier& barrier = numbered[number];
-    if (barrier.arrived != 0 && barrier.expected != threads)
-        trap("threads disagree on how many meet at a numbered barrier", site);
-    const Arrived mine{barrier, barrier.opened};
-    barrier.expected = threads;
-    if (++barrier.arrived == threads) {
-        barrier.arrived = 0;
-        ++barrier.opened;
-    }
-    if (!wait) return wait_perhaps(site);
-    const auto opened = [](const void* memory) {
-        const auto* since = static_cast<const Arrived*>(memory);
-        return since->at.opened != since->opened;
-    };
-    wait_until(opened, &mine, site, Op::numbered_barrier);
 }
 
 }  // namespace cpu_cuda

@@ -53,7 +53,6 @@ const char* name(Op op) {
         case Op::fragment_store: return "store_matrix_sync";
         case Op::fragment_mma: return "mma_sync";
         case Op::memory_barrier: return "a barrier in memory";
-        case Op::numbered_barrier: return "a numbered barrier";
         default: return "a warp reduction";
     }
 }
