@@ -35,8 +35,8 @@
 // steps. Elsewhere (DP = 256, scales of K per token) the products follow each other in the array of the scores, and the
 // other warpgroups fill the gaps.
 //
-// What else costs: while a product runs, its accumulators take about half of the register file's bandwidth, and no
-// other instruction but an exponential is issued in those cycles (about 32 for 64 x 128 x 32). So instructions count.
+// What else costs: beside a product of 64 x 128 x 32, which takes 64 cycles, the other pipes were measured to lose about
+// 32 of them (the exponentials hardly any); its accumulators pass through the register file. So instructions count.
 //
 // P never leaves registers. Lane 4r+q of an accumulator holds the keys 8i+2q, 8i+2q+1, an 8-bit A operand wants
 // four neighbours 4q..4q+3: the quantiser stores V's keys in the order that makes the two coincide.
@@ -607,7 +607,7 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < n; ++i) product[i] = 0;  // it is in O
         // The next step adds it once more, with this factor: NaN, after a lost row, would make NaN of it. (A factor set
-        // to 0 makes the compiler find other registers, with which steps are 5 % slower.)
+        // to 0 would do as well, but makes the compiler order all steps otherwise than they were measured.)
         for (int r = 0; r < 2; ++r) factor[r] = fminf(factor[r], 0x1p100f);
         return false;
     }
