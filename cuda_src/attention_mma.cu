@@ -38,6 +38,7 @@
 
 #include "mask.cuh"
 #include "mma.cuh"
+#include "output.cuh"
 #include "params.cuh"
 #include "softmax.cuh"
 
@@ -1042,30 +1043,6 @@ struct Warp {
                 if (inside && channel < p.channels) row[channel * p.out_channel] = Out::store(x[i]);
             }
         }
-    }
-
-    // Of 16 bits, the row's four lanes exchange theirs, so that each has eight neighbours.
-    static __device__ __forceinline__ void store_pairs(uint32 (&pair)[4], void* row, int quad, bool inside) {
-        exchange(pair[0], pair[1], 1, quad);
-        exchange(pair[2], pair[3], 1, quad);
-        exchange(pair[0], pair[2], 2, quad);
-        exchange(pair[1], pair[3], 2, quad);
-        if (inside) static_cast<uint4*>(row)[quad] = {pair[0], pair[1], pair[2], pair[3]};
-    }
-    static __device__ __forceinline__ void store_pairs(const float2 (&pair)[4], void* row, int quad, bool inside) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (inside) static_cast<float2*>(row)[4 * i + quad] = pair[i];
-    }
-
-    // The lane without the bit keeps low and gets its partner's low for high, the one with it keeps high.
-    static __device__ __forceinline__ void exchange(uint32& low, uint32& high, int bit, int quad) {
-        const bool upper = quad & bit;
-        const uint32 other = __shfl_xor_sync(kFullWarp, upper ? low : high, bit);
-        if (upper)
-            low = other;
-        else
-            high = other;
     }
 };
 

@@ -65,12 +65,13 @@
 //     STAGES      ring depth, a power of two
 //     OUT_DTYPE   kFloat16 (0), kBFloat16 (1), kFloat32 (2)
 //     OUT_PAIRS   1: the caller knows that D = DP, out_channel = 1, and that rows of out start at multiples of 16
-//                 bytes, so that pairs of channels can be stored; 0: it may not be so
+//                 bytes, so that 16 bytes can be stored at once; 0: it may not be so
 //     MASKED      0: the caller knows that every row sees every key and that Sk is a multiple of 128 (less code)
 //
 // Launch: 128 * (1 + CONSUMERS) threads, min(SMs, batches * heads * row_blocks) blocks, row_blocks = ceil(Sq / ROWS).
 // Sq, Sk >= 1. `lse` and `lse_shift` may be null. The result does not depend on the grid: no atomics.
 
+#include "output.cuh"
 #include "softmax.cuh"
 #include "wgmma_block.cuh"
 
@@ -481,14 +482,19 @@ struct Consumer {
         }
         if (OUT_PAIRS) {
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                if (!inside[r]) continue;
-                auto* row = static_cast<Output::Pair*>(p.out) + index[r] / 2 + quad;
+            for (int i = 0; i < DP / 8; i += 4) {
+                float2 scale[4];
 #pragma unroll
-                for (int i = 0; i < DP / 8; ++i) {
-                    const float2 scale = load_float2(v_scale + 32 * i);
-                    const float* x = o + 4 * i + 2 * r;
-                    row[4 * i] = Output::store_pair(x[0] * (inverse[r] * scale.x), x[1] * (inverse[r] * scale.y));
+                for (int n = 0; n < 4; ++n) scale[n] = load_float2(v_scale + 32 * (i + n));
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    Output::Pair pair[4];
+#pragma unroll
+                    for (int n = 0; n < 4; ++n) {
+                        const float* x = o + 4 * (i + n) + 2 * r;
+                        pair[n] = Output::store_pair(x[0] * (inverse[r] * scale[n].x), x[1] * (inverse[r] * scale[n].y));
+                    }
+                    store_pairs(pair, static_cast<Output::type*>(p.out) + index[r] + 8 * i, quad, inside[r]);
                 }
             }
         } else {
