@@ -6,7 +6,7 @@
 namespace intfa {
 
 // The lane without the bit keeps low and gets its partner's low for high, the one with it keeps high.
-__device__ __forceinline__ void exchange(uint32& low, uint32& high, int bit, int quad) {
+__device__ __forceinline__ void exchange_words(uint32& low, uint32& high, int bit, int quad) {
     const bool upper = quad & bit;
     const uint32 other = __shfl_xor_sync(kFullWarp, upper ? low : high, bit);
     if (upper)
@@ -18,10 +18,10 @@ __device__ __forceinline__ void exchange(uint32& low, uint32& high, int bit, int
 // 32 channels of a row at an address that is a multiple of 16 bytes. Of 16 bits each, the lanes exchange theirs first,
 // so that each has eight neighbours: four bytes at a time, a warp's stores would touch each line of memory four times.
 __device__ __forceinline__ void store_pairs(uint32 (&pair)[4], void* row, int quad, bool inside) {
-    exchange(pair[0], pair[1], 1, quad);
-    exchange(pair[2], pair[3], 1, quad);
-    exchange(pair[0], pair[2], 2, quad);
-    exchange(pair[1], pair[3], 2, quad);
+    exchange_words(pair[0], pair[1], 1, quad);
+    exchange_words(pair[2], pair[3], 1, quad);
+    exchange_words(pair[0], pair[2], 2, quad);
+    exchange_words(pair[1], pair[3], 2, quad);
     if (inside) static_cast<uint4*>(row)[quad] = {pair[0], pair[1], pair[2], pair[3]};
 }
 

@@ -284,9 +284,8 @@ struct Element<kFloat16> {
     using Pair = uint32;
     static __device__ __forceinline__ Pair store_pair(float x, float y) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-        uint32 word = pack_halves(x, y);
-        asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0x7bff7bffu));  // 65504
-        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0xfbfffbffu));
+        uint32 word;
+        asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
         return word;
 #else
         return join_halves(store(x), store(y));

@@ -212,10 +212,16 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
 
 
 def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
-    # The map of attention_wgmma.cu. As many warpgroups as the registers allow.
+    # As many warpgroups as the registers allow: they fill each other's gaps. Two where three may waste rows.
     group = recipe.k_granularity == "group"
-    stages, consumers = {64: 8, 128: 4, 256: 2}[Dp], 3 if Dp == 64 else 2
-    rows = 64 * consumers
+    choices = (3, 2) if Dp == 64 and group else (3,) if Dp == 64 else (2,)
+    return [_wgmma_tile(recipe, Dp, consumers) for consumers in choices]
+
+
+def _wgmma_tile(recipe: Recipe, Dp: int, consumers: int) -> Tile:
+    # The map of attention_wgmma.cu.
+    group = recipe.k_granularity == "group"
+    stages, rows = {64: 8, 128: 4, 256: 2}[Dp], 64 * consumers
     aux = (16 if group else 4 * TILE) + (8 * TILE if recipe.folded_v else 0)
     shared = 2 * rows * (Dp + 4) + stages * (2 * TILE * Dp + aux) + 16 * Dp + 4 * (16 * consumers + 32)
     shared += 8 * (4 * stages + 6)
@@ -228,7 +234,28 @@ def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
         "CONSUMERS": consumers,
         "STAGES": stages,
     }
-    return [Tile("wgmma", rows, 128 * (1 + consumers), shared, tuple(macros.items()), persistent=True)]
+    return Tile("wgmma", rows, 128 * (1 + consumers), shared, tuple(macros.items()), persistent=True)
+
+
+# A row and a tile of keys take this much longer in a block of two warpgroups than of three (d = 64, an H200:
+# 1.05 to 1.10).
+_TWO_WARPGROUPS = 1.075
+
+
+@lru_cache(maxsize=1024)
+def _wgmma_fastest(tiles: tuple[Tile, ...], problem: Problem, sms: int) -> Tile:
+    def time(tile: Tile) -> float:
+        """Rows times tiles of keys that a multiprocessor goes through; of many blocks, 64 stand for all."""
+        blocks = -(-problem.Sq // tile.rows)
+        seen = []
+        for block in range(0, blocks, max(1, blocks // 64)):
+            begin, end = problem.key_range(block * tile.rows, min((block + 1) * tile.rows, problem.Sq))
+            seen.append(max(-(-end // TILE) - begin // TILE, 1))
+        rounds = -(-problem.B * problem.H * blocks // sms)
+        weight = _TWO_WARPGROUPS if tile.rows == 128 else 1.0
+        return rounds * tile.rows * weight * sum(seen) / max(len(seen), 1)
+
+    return min(tiles, key=time)
 
 
 # --- mma ----------------------------------------------------------------------------------------------------
@@ -398,22 +425,27 @@ def device_problem(name: str, device: Device) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def _choose(name: str, recipe: Recipe, Dp: int, device: Device) -> tuple[Tile | None, str | None]:
+def _choose(name: str, recipe: Recipe, Dp: int, device: Device) -> tuple[tuple[Tile, ...], str | None]:
+    """The tiles that serve, best first, or why none does."""
     reason = device_problem(name, device)
     if reason is not None:
-        return None, reason
+        return (), reason
     missing = list(_KERNELS[name].missing(recipe, device))
     if missing:
-        return None, "lacks " + "; ".join(missing)
+        return (), "lacks " + "; ".join(missing)
     tiles = _KERNELS[name].tiles(recipe, Dp, device.capability)
-    # The first that lets a multiprocessor hold the blocks it was compiled for, else the first that fits.
+    # Those that let a multiprocessor hold the blocks they were compiled for, else those that fit.
     for needs in (lambda tile: tile.min_blocks, lambda tile: 1):
-        for tile in tiles:
-            if needs(tile) * (tile.shared_memory + _RESERVED) <= device.shared_memory + _RESERVED:
-                return tile, None
+        fitting = tuple(
+            tile
+            for tile in tiles
+            if needs(tile) * (tile.shared_memory + _RESERVED) <= device.shared_memory + _RESERVED
+        )
+        if fitting:
+            return fitting, None
     least = min(tile.shared_memory for tile in tiles)
     return (
-        None,
+        (),
         f"needs {least:,} bytes of shared memory per block; {device.name} allows {device.shared_memory:,}",
     )
 
@@ -434,9 +466,10 @@ def find(name: str, problem: Problem, device: Device) -> tuple[Tile | None, str 
     reason : str or None
         What is missing, with what there is; None if there is a tile.
     """
-    tile, reason = _choose(name, problem.recipe, padded_head_dim(problem.D), device)
-    if tile is None:
+    tiles, reason = _choose(name, problem.recipe, padded_head_dim(problem.D), device)
+    if not tiles:
         return None, reason
+    tile = _wgmma_fastest(tiles, problem, device.sms) if name == "wgmma" else tiles[0]
     blocks = problem.B * problem.H * -(-problem.Sq // tile.rows)
     if blocks > _MAX_BLOCKS or max(problem.Sq, problem.Sk) >= 2**30:
         return (

@@ -64,7 +64,8 @@ class Variant:
     def __repr__(self) -> str:
         r = self.recipe
         recipe = r.name if r.name != "custom" else f"{r.p_max}-{r.k_granularity}-{r.v_granularity}"
-        options = "-pairs" * self.pairs + "-unmasked" * (not self.tile.masked)
+        options = "-two" * (self.tile.rows == 128 and self.Dp == 64) + "-pairs" * self.pairs
+        options += "-unmasked" * (not self.tile.masked)
         return f"{recipe}-{self.Dp}-{self.out_dtype}{options}"
 
     def request(self, text: str | None = None) -> dict[str, Any]:
@@ -77,13 +78,18 @@ class Variant:
 
 
 def kernel_for(recipe: Recipe, Dp: int, out_dtype: str, options: str = "") -> Variant:
-    tile = next(t for t in tiles.variants("wgmma", recipe, "sm_90a") if t.defines(out_dtype)["DP"] == Dp)
+    """The kernel of most warpgroups, or of two."""
+    tile, *others = [t for t in tiles.variants("wgmma", recipe, "sm_90a") if t.defines(out_dtype)["DP"] == Dp]
+    if "two" in options:
+        (tile,) = others
     tile = dataclasses.replace(tile, masked="unmasked" not in options)
     return Variant(recipe, tile, "pairs" in options, out_dtype)
 
 
 VARIANTS = (
     kernel_for(R["int8-fast"], 64, "float16"),
+    kernel_for(R["int8-fast"], 64, "float16", "two"),
+    kernel_for(R["int8-fast"], 64, "bfloat16", "two pairs unmasked"),
     kernel_for(R["int8-fast"], 128, "bfloat16", "pairs unmasked"),
     kernel_for(R["int8-fast"], 256, "float32", "pairs"),
     kernel_for(R["int8"], 64, "bfloat16"),
