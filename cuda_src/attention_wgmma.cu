@@ -454,6 +454,13 @@ struct Consumer {
         static_cast<Output::type*>(p.out)[index] = Output::store(x);
     }
 
+    static __device__ __forceinline__ Output::Pair store_pair(float x, float y) {
+        if constexpr (kSaturatedHalves)
+            return saturated_halves(x, y);
+        else
+            return Output::store_pair(x, y);
+    }
+
     // Writes the rows of the round-th item.
     __device__ __forceinline__ void finish_item(int round) const {
         const int4 item = load_int4(map.record(round) + kRecordItem);  // row, head, kv_head, batch
@@ -492,7 +499,7 @@ struct Consumer {
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         const float* x = o + 4 * (i + n) + 2 * r;
-                        pair[n] = Output::store_pair(x[0] * (inverse[r] * scale[n].x), x[1] * (inverse[r] * scale[n].y));
+                        pair[n] = store_pair(x[0] * (inverse[r] * scale[n].x), x[1] * (inverse[r] * scale[n].y));
                     }
                     store_pairs(pair, static_cast<Output::type*>(p.out) + index[r] + 8 * i, quad, inside[r]);
                 }

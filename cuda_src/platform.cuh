@@ -284,8 +284,9 @@ struct Element<kFloat16> {
     using Pair = uint32;
     static __device__ __forceinline__ Pair store_pair(float x, float y) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-        uint32 word;
-        asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
+        uint32 word = pack_halves(x, y);
+        asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0x7bff7bffu));  // 65504
+        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0xfbfffbffu));
         return word;
 #else
         return join_halves(store(x), store(y));
@@ -320,5 +321,16 @@ struct Element<kFloat32> {
     using Pair = float2;
     static __device__ __forceinline__ Pair store_pair(float x, float y) { return {x, y}; }
 };
+
+// Element<kFloat16>::store_pair by one instruction.
+__device__ __forceinline__ uint32 saturated_halves(float x, float y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32 word;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
+    return word;
+#else
+    return Element<kFloat16>::store_pair(x, y);
+#endif
+}
 
 }  // namespace intfa
