@@ -24,19 +24,22 @@
 //     step j:  row maxima of S(j) in A | wait P V(j-1) in B | O += B | issue S(j+1) into B
 //              | exponentials of A to P | issue P V(j) into A            then A and B change roles
 //
-// (with a mask, S(j+1) is issued together with P V(j)). DP = 64 has one array for S, one for P V, and registers for a
-// third warpgroup:
+// (with a mask, S(j+1) is issued together with P V(j)). DP = 64 has one array for S, one for P V, and with group scales
+// of K registers for a third warpgroup, which pays where its 192 rows waste few:
 //
 //     step j:  row maxima of S(j) | wait P V(j-1) | O += P V(j-1) beside the exponentials of S(j) to P
 //              | issue S(j+1), P V(j)
 //
 // No branch stands between the sum and the exponentials, so that the compiler mixes them: exponentials alone leave the
 // other pipes idle, a sum alone theirs. So an item's last product is waited for, and its output written, between two
-// steps. Elsewhere (DP = 256, scales of K per token) the products follow each other in the array of the scores, and the
-// other warpgroups fill the gaps.
+// steps, by all of a block's warpgroups at about the same time: that takes as long as a tile. Elsewhere (DP = 256,
+// DP = 128 with scales of K per token, a running maximum) the products follow each other in the array of the scores,
+// and the other warpgroups fill the gaps.
 //
-// What else costs: beside a product of 64 x 128 x 32, which takes 64 cycles, the other pipes were measured to lose about
-// 32 of them (the exponentials hardly any); its accumulators pass through the register file. So instructions count.
+// What else costs: beside products, instructions are slower. In a loop of one kind, beside another warpgroup's products
+// of 64 x 128 x 32, an H200 took 4.1 cycles instead of 2.2 for a conversion, a maximum or a logical operation, 3.7
+// instead of 2.2 for an integer multiplication, 1.6 instead of 1.2 for a float one, 8.5 instead of 8.1 for an
+// exponential.
 //
 // P never leaves registers. Lane 4r+q of an accumulator holds the keys 8i+2q, 8i+2q+1, an 8-bit A operand wants
 // four neighbours 4q..4q+3: the quantiser stores V's keys in the order that makes the two coincide.
@@ -454,13 +457,6 @@ struct Consumer {
         static_cast<Output::type*>(p.out)[index] = Output::store(x);
     }
 
-    static __device__ __forceinline__ Output::Pair store_pair(float x, float y) {
-        if constexpr (kSaturatedHalves)
-            return saturated_halves(x, y);
-        else
-            return Output::store_pair(x, y);
-    }
-
     // Writes the rows of the round-th item.
     __device__ __forceinline__ void finish_item(int round) const {
         const int4 item = load_int4(map.record(round) + kRecordItem);  // row, head, kv_head, batch
@@ -499,7 +495,8 @@ struct Consumer {
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         const float* x = o + 4 * (i + n) + 2 * r;
-                        pair[n] = store_pair(x[0] * (inverse[r] * scale[n].x), x[1] * (inverse[r] * scale[n].y));
+                        pair[n] = Output::store_pair<kSaturateAtOnce>(x[0] * (inverse[r] * scale[n].x),
+                                                                      x[1] * (inverse[r] * scale[n].y));
                     }
                     store_pairs(pair, static_cast<Output::type*>(p.out) + index[r] + 8 * i, quad, inside[r]);
                 }

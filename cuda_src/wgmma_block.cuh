@@ -8,8 +8,9 @@
 #include "shared_memory.cuh"
 #include "wgmma.cuh"
 
-// Whether the products of a warp run beside its other work. It takes registers besides those of the scores.
-#define PIPELINED (DP <= 128 && K_SCALE == 1)
+// Whether the products of a warp run beside its other work. It takes registers besides those of the scores. (With a
+// running maximum the compiler has the products wait for each other.)
+#define PIPELINED (P_TILE_MAX && (DP == 64 || (DP == 128 && K_SCALE == 1)))
 
 namespace intfa {
 
@@ -29,13 +30,15 @@ constexpr int kConsumerRegisters = 480 / kConsumers;  // 128 * (24 + 480) of the
 
 // The exponentials run in blocks of 16 keys; a block starts after the probabilities of the one kChain before are
 // packed (there are 8 blocks). Left to itself the compiler puts all exponentials in one run, and all packing behind it.
-constexpr int kChain = !PIPELINED ? 4 : DP == 128 ? (MASKED ? 3 : 1) : kConsumers == 3 || MASKED ? 8 : 4;
+constexpr int kChain = !PIPELINED  ? (DP == 128 ? 3 : 4)
+                       : DP == 128 ? (MASKED ? 3 : 1)
+                                   : (K_SCALE == 1 && (kConsumers == 3 || MASKED) ? 8 : 4);
 // The next tile's S is issued as soon as its array is free, not only together with this tile's P V.
 constexpr bool kScoresFirst = PIPELINED && DP == 128 && !MASKED;
 // Where O and l stand is settled while P V is under way, not before it is issued.
-constexpr bool kSettleLate = PIPELINED ? MASKED && kConsumers == 2 : DP < 256;
-// One instruction less for two float16 results; at d = 64 the compiler makes a loop 6 % slower of it.
-constexpr bool kSaturatedHalves = OUT_DTYPE == kFloat16 && DP > 64;
+constexpr bool kSettleLate = PIPELINED ? kConsumers == 2 && (MASKED || K_SCALE != 1) : DP < 256;
+// Fewer instructions for float16 results; at d = 64 the compiler makes a loop 6 % slower of it.
+constexpr bool kSaturateAtOnce = DP > 64;
 // Whether the next keys are there is looked up late in a step: earlier, the answer costs a register too many.
 constexpr bool kTestLate = MASKED;
 
@@ -47,6 +50,7 @@ static_assert(K_SCALE == kScaleGroup || K_SCALE == kScaleToken, "K scale per tok
 static_assert(!kFolded || K_SCALE == kScaleToken, "folded V goes with token scales of K");
 static_assert(DP == 64 || DP == 128 || DP == 256, "head dimension is padded to 64, 128 or 256");
 static_assert(kConsumers == 2 || (kConsumers == 3 && DP == 64), "what the registers allow");
+
 // Whether the product of 64 channels takes half of the array that the scores were in.
 constexpr bool kHalves = DP == 64 && !PIPELINED;
 

@@ -212,9 +212,12 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
 
 
 def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
-    # As many warpgroups as the registers allow: they fill each other's gaps. Two where three may waste rows.
-    group = recipe.k_granularity == "group"
-    choices = (3, 2) if Dp == 64 and group else (3,) if Dp == 64 else (2,)
+    # As many warpgroups as the registers allow, which fill each other's gaps; two where three would waste rows.
+    choices: tuple[int, ...] = (2,)
+    if Dp == 64 and recipe.p_max == "running":
+        choices = (3,)
+    elif Dp == 64 and recipe.k_granularity == "group":
+        choices = (3, 2)
     return [_wgmma_tile(recipe, Dp, consumers) for consumers in choices]
 
 
