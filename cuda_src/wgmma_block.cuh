@@ -30,7 +30,7 @@ constexpr int kConsumerRegisters = 480 / kConsumers;  // 128 * (24 + 480) of the
 
 // The exponentials run in blocks of 16 keys; a block starts after the probabilities of the one kChain before are
 // packed (there are 8 blocks). Left to itself the compiler puts all exponentials in one run, and all packing behind it.
-constexpr int kChain = !PIPELINED  ? (DP == 128 ? 3 : 4)
+constexpr int kChain = !PIPELINED  ? (DP == 128 && !MASKED ? 3 : 4)
                        : DP == 128 ? (MASKED ? 3 : 1)
                                    : (K_SCALE == 1 && (kConsumers == 3 || MASKED) ? 8 : 4);
 // The next tile's S is issued as soon as its array is free, not only together with this tile's P V.

@@ -212,7 +212,7 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
 
 
 def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
-    # As many warpgroups as the registers allow, which fill each other's gaps; two where three would waste rows.
+    # As many warpgroups as registers allow, to fill each other's gaps; two where three would waste rows.
     choices: tuple[int, ...] = (2,)
     if Dp == 64 and recipe.p_max == "running":
         choices = (3,)
