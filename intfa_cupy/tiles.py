@@ -247,8 +247,12 @@ _TWO_WARPGROUPS = 1.075
 
 @lru_cache(maxsize=1024)
 def _wgmma_fastest(tiles: tuple[Tile, ...], problem: Problem, sms: int) -> Tile:
+    """Return the tile that wastes the fewest rows, where there is a choice."""
+    if len(tiles) == 1:
+        return tiles[0]
+
     def time(tile: Tile) -> float:
-        """Rows times tiles of keys that a multiprocessor goes through; of many blocks, 64 stand for all."""
+        """Rows times tiles of keys that a multiprocessor goes through; of many blocks, some stand for all."""
         blocks = -(-problem.Sq // tile.rows)
         seen = []
         for block in range(0, blocks, max(1, blocks // 64)):

@@ -148,8 +148,8 @@ def compilations() -> list[tuple[str, dict[str, int]]]:
 
     device = gpu.device()
     for recipe, D, dtype in calls:
-        for right, pairs in itertools.product((-1, 0), (False, True)):
-            problem = Problem(1, 1, 1, 1, TILE, D, recipe, right=right)
+        for right, pairs, Sq in itertools.product((-1, 0), (False, True), (1, 192)):
+            problem = Problem(1, 1, 1, Sq, TILE, D, recipe, right=right)
             # A padded D rules pairs out; a full tile of keys is rare without.
             if pairs != (padded_head_dim(D) == D) and (pairs or right < 0):
                 continue
