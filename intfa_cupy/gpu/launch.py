@@ -63,7 +63,7 @@ class _Launch:
 
 def _launch(plan: Plan, out_dtype: str, out: int, strides: _Strides) -> _Launch:
     """The launch for an output at an address, with its strides in elements."""
-    # Rows that start at 16 bytes and have no holes: attention_mma.cu stores as much at once.
+    # Rows that start at 16 bytes and have no holes: mma and wgmma store as much at once.
     pairs = (
         plan.tile.specializes
         and padded_head_dim(plan.problem.D) == plan.problem.D
