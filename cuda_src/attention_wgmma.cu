@@ -669,8 +669,8 @@ struct Consumer {
             float scale[2], m[2], sum[2];
             const Place here = place();
             read_scales(scale);
+            if (__builtin_expect(here.first, 0)) begin_item();  // before the first half gives the scales back
             first_half<MASKED>(s, here, scale, m);
-            if (__builtin_expect(here.first, 0)) begin_item();
             second_half<MASKED>(s, here, scale, m, sum);
             const bool key_ready = next_key_ready();
             if (!kSettleLate) settle(m, sum);
