@@ -215,7 +215,7 @@ def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
     # As many warpgroups as registers allow, to fill each other's gaps; two where three would waste rows.
     choices: tuple[int, ...] = (2,)
     if Dp == 64 and recipe.p_max == "running":
-        choices = (3,)
+        choices = (3,)  # whose products do not run beside other work, which leaves registers
     elif Dp == 64 and recipe.k_granularity == "group":
         choices = (3, 2)
     return [_wgmma_tile(recipe, Dp, consumers) for consumers in choices]
@@ -247,7 +247,7 @@ _TWO_WARPGROUPS = 1.075
 
 @lru_cache(maxsize=1024)
 def _wgmma_fastest(tiles: tuple[Tile, ...], problem: Problem, sms: int) -> Tile:
-    """Return the tile that wastes the fewest rows, where there is a choice."""
+    """Return the tile of the least estimated time, where there is a choice."""
     if len(tiles) == 1:
         return tiles[0]
 

@@ -194,6 +194,13 @@ def test_a_block_takes_many_items(variant: Variant, Sk: int) -> None:
     check_on_schedules(quantize_numpy(*case.logical(), variant.recipe), case, variant, (2, 3))
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.Dp == 256 and v.tile.masked], ids=repr)
+def test_a_stage_is_not_read_once_given_back(variant: Variant) -> None:
+    """Schedules under which the next scales of K arrived before a new item's rows had read their own."""
+    case = sts.Case(B=1, H=2, Hkv=1, Sq=129, Sk=129, D=256)
+    check_on_schedules(quantize_numpy(*case.logical(), variant.recipe), case, variant, (2, 4, 6))
+
+
 @pytest.mark.parametrize("variant", ANY, ids=repr)
 def test_rows_that_see_nothing(variant: Variant) -> None:
     """More queries than keys under a causal mask: whole blocks of rows see no key, before ones that do."""
