@@ -6,12 +6,17 @@
 //     x   = S * q_scale * k_scale * scale * log2(e)    V folded: + log2 of the key's V scale
 //     m_t = max of x over the visible keys of the tile
 //     P   = round(LEVELS * 2^(x - m_t))                unsigned bytes, against the tile's own maximum
-//     O  += (P v) * 2^(m_t - m_ref)                    int32 product of one tile, exact; float accumulator
+//     O  += (P (v + 128)) * 2^(m_t - m_ref)            int32 product of one tile, exact; float accumulator
+//     c  += sum(P) * 2^(m_t - m_ref)
 //     l  += sum(P) * 2^(m_t - m_ref)                   V folded: LEVELS * sum(2^(x - m_t) / V scale) instead
-//     out = O * v_scale / l
+//     out = (O - 128 c) * v_scale / l
 //
-// m_ref is the maximum of the row's first visible tile and moves, O and l with it, only when a tile exceeds it by more
-// than 60. With kRunning P stands against m_ref itself, which then follows the running maximum: the online softmax.
+// V is stored as v + 128, so that products are not negative: an integer below 2^24 is, read as the bits of a float,
+// 2^-149 times itself (the subnormals and the first normals), and joins O without a conversion. Floating P and V are
+// multiplied as they are, and added to O at once.
+//
+// m_ref is the maximum of the row's first visible tile and moves, O, c and l with it, only when a tile exceeds it by
+// more than 60. With kRunning P stands against m_ref itself, which then follows the running maximum: the online softmax.
 //
 // A warp owns 16 query rows and all keys; Q, S, P and O are register fragments. Lane 4r+q of a score
 // fragment holds keys 8i+2q, 8i+2q+1 of rows r and r+8. A 16-bit operand of the second product wants just these; an
@@ -77,12 +82,12 @@ constexpr bool kInteger = kKeyFormat == kInt8 || kKeyFormat == kInt4;
 constexpr bool kGrouped = kKeyScale == kScaleChannel;    // summed in float over groups of 32 channels
 // One scale covers all keys of a thread: scores stay integers until the exponent.
 constexpr bool kRaw = kInteger && (kKeyScale == kScaleGroup || kKeyScale == kScaleTile);
-// Integer products start at kIntegerMagic, or have it added at the end: where they start takes registers.
+// Integer scores start at kIntegerMagic, or have it added at the end: where they start takes registers.
 constexpr bool kMagic = Dp < 256;
 constexpr bool kTokenScale = kKeyScale == kScaleToken;
 constexpr bool kIntegerP = kValueFormat == kInt8;
 constexpr bool kWideV = kValueFormat == kHalf || kValueFormat == kBrain;
-// l sums the rounded P where its scale is not folded: bytes are counted, of 16 bits the product has one more column.
+// l sums the rounded P where V's scale is not folded: bytes are counted, of 16 bits the product has one more column.
 constexpr bool kCountedSum = kIntegerP && !kFolded;
 constexpr bool kProductSum = kWideV;
 
@@ -107,6 +112,9 @@ constexpr bool kSubnormalP = kIntegerP && !kRoundsBytes;
 constexpr float kUnit = kSubnormalP ? 0x1p-24f : 1.0f;
 constexpr float kLargest = static_cast<float>(log2_of(kLevels) - (kSubnormalP ? 24 : 0));  // the largest's exponent
 
+// What 1 is in O, of integer P.
+constexpr float kUnitOfO = kProductUnit * kProductRoom;
+
 static_assert(Dp == 64 || Dp == 128 || Dp == 256, "the head dimension is padded to 64, 128 or 256");
 static_assert(kLevels >= 1 && (kLevels <= 255 || !kIntegerP), "levels of P: what its format holds");
 static_assert(log2_of(255) > 7.9943534 && log2_of(255) < 7.9943535 && log2_of(256) == 8, "the logarithm");
@@ -130,7 +138,9 @@ constexpr int kKeyBytes = kTileKeys * kKeyRowBytes;              // of a tile
 constexpr int kValueBytes = kTileKeys * Dp * format_bits(kValueFormat) / 8;
 constexpr int kGroups = Dp / 32;                                 // of channels
 // Whether registers are so short that the loop keeps nothing in them that it can read again.
-constexpr bool kShort = Dp == 256 ? kQueryChannelScale : Dp == 128 && (kKeyFormat == kE4M3 || kKeyFormat == kE5M2);
+constexpr bool kShort = Dp == 256   ? kIntegerP || kQueryChannelScale
+                        : Dp == 128 ? kFolded || kKeyFormat == kE4M3 || kKeyFormat == kE5M2
+                                    : false;
 constexpr int kScaleBytes = kTokenScale ? 4 * kTileKeys : kGrouped ? 4 * kTileKeys * kGroups : 0;  // of a tile
 constexpr bool kGroupsInShared = kQueryChannelScale && Dp > 64;  // scales of Q's groups of channels
 constexpr int kAuxBytes = kScaleBytes + (kFolded ? 8 * kTileKeys : 0);
@@ -387,9 +397,9 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 // --- a warp --------------------------------------------------------------------------------------------------------
 
-// kFloatMagic plus an integer product, as bits; and its value.
+// kFloatMagic plus an integer score, as bits; and its value.
 __device__ __forceinline__ int magic_of(int x) { return kMagic ? x : x + kIntegerMagic; }
-__device__ __forceinline__ float product_of(int x) { return __int_as_float(magic_of(x)) - kFloatMagic; }
+__device__ __forceinline__ float score_of(int x) { return __int_as_float(magic_of(x)) - kFloatMagic; }
 
 struct Warp {
     const AttentionParams& p;
@@ -397,7 +407,7 @@ struct Warp {
     uint32 key_lane, value_lane;  // this lane's part of ldmatrix addresses
     uint32 query;                 // this lane's part of Q in shared memory
     uint32 aux_lane;              // the same of scales
-    int start[4];                 // where integer products start
+    int start[4];                 // where integer scores start
 
     uint32 q[kQueryInRegisters ? kSteps : 1][4];
     float q_group[2][kQueryChannelScale && !kGroupsInShared ? kGroups : 1];
@@ -405,12 +415,13 @@ struct Warp {
     int s[16][4];             // scores: integers or bits of floats
     int top[2];               // largest of them
     uint32 prob[kWideV ? 32 : 16];
-    float o[Dp / 8][4];
+    float o[Dp / 8][4];       // integer P: in units of kUnitOfO
     float reference[2];
-    float l[2];               // kProductSum: the whole sum, else this lane's share
+    float l[2];               // kProductSum: the whole sum, else this lane's share; kCountedSum: in units of kUnitOfO
+    float count[2];           // V folded: this lane's share of c, in units of kUnitOfO; c is l elsewhere
     float maximum[2];         // of the tile; -inf where the row sees nothing of it
     bool higher;                  // than some row's reference may be
-    float factor[2];          // from the tile's product to O
+    float factor[2];          // from the tile's product to O and its unit
 
     __device__ __forceinline__ Warp(const AttentionParams& p_, uint32 shared_, const Item& item)
         : p(p_), shared(shared_) {
@@ -445,6 +456,7 @@ struct Warp {
         for (int h = 0; h < 2; ++h) {
             reference[h] = -infinity();
             l[h] = 0.0f;
+            count[h] = 0.0f;
         }
     }
 
@@ -606,7 +618,7 @@ struct Warp {
                         mma_s8s8(group, a, word[0], word[1], start);
 #pragma unroll
                         for (int i = 0; i < 4; ++i) {
-                            float x = product_of(group[i]);
+                            float x = score_of(group[i]);
                             if (kQueryChannelScale) x *= group_scale[i / 2];
                             sum[n][i] = fmaf(x, i % 2 ? scale.y : scale.x, sum[n][i]);
                         }
@@ -645,7 +657,7 @@ struct Warp {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float x = __int_as_float(s[n][i]);
-            if (kTokenScale) x = product_of(s[n][i]) * (i % 2 ? scale.y : scale.x);
+            if (kTokenScale) x = score_of(s[n][i]) * (i % 2 ? scale.y : scale.x);
             if (kFolded) x = fmaf(x, q_scale[i / 2], i % 2 ? value.z : value.x);
             s[n][i] = __float_as_int(x);
         }
@@ -792,8 +804,8 @@ struct Warp {
         if (kRunning) return;
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-            factor[h] = kMasked ? exp2_from(maximum[h], reference[h])
-                                   : exp2_fast(maximum[h] - reference[h]);
+            factor[h] = kProductRoom * (kMasked ? exp2_from(maximum[h], reference[h])
+                                                : exp2_fast(maximum[h] - reference[h]));
     }
 
     __device__ __forceinline__ void move_reference() {
@@ -803,6 +815,7 @@ struct Warp {
             const float down = grow ? exp2_fast(reference[h] - maximum[h]) : 1.0f;
             if (grow) reference[h] = maximum[h];
             l[h] *= down;
+            if (kFolded) count[h] *= down;
 #pragma unroll
             for (int n = 0; n < Dp / 8; ++n) {
                 o[n][2 * h] *= down;
@@ -876,15 +889,15 @@ struct Warp {
             if constexpr (!kIntegerP)
                 mma_float<kValueFormat>(o[2 * block + n], a, b[2 * n], b[2 * n + 1]);
             else if (step == 0)
-                mma_u8s8(product[n], a, b[2 * n], b[2 * n + 1], start);
+                mma_u8u8(product[n], a, b[2 * n], b[2 * n + 1], {0, 0, 0, 0});
             else
-                mma_u8s8(product[n], a, b[2 * n], b[2 * n + 1], product[n]);
+                mma_u8u8(product[n], a, b[2 * n], b[2 * n + 1], product[n]);
         }
     }
 
+    // A product or a sum of P, its bits read as a float's. With a running maximum P stands at the reference already.
     __device__ __forceinline__ void add(float& y, int product, float scale) const {
-        const float x = product_of(product);
-        y = kRunning ? y + x : fmaf(x, scale, y);
+        y = fmaf(__int_as_float(product), kRunning ? kProductRoom : scale, y);
     }
 
     __device__ __forceinline__ void add_product(const Product& product, int block) {
@@ -933,15 +946,16 @@ struct Warp {
     }
 
     __device__ __forceinline__ void add_sums(const float (&share)[2]) {
-        if constexpr (kCountedSum) {
+        if constexpr (kIntegerP) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                uint32 count = static_cast<uint32>(start[0]);
+                uint32 sum = 0;
 #pragma unroll
-                for (int word = h; word < 16; word += 2) count = __dp4a(prob[word], 0x01010101u, count);
-                add(l[h], static_cast<int>(count), factor[h]);
+                for (int word = h; word < 16; word += 2) sum = __dp4a(prob[word], 0x01010101u, sum);
+                add(kFolded ? count[h] : l[h], static_cast<int>(sum), factor[h]);
             }
-        } else if constexpr (kProductSum) {
+        }
+        if constexpr (kProductSum) {
             constexpr uint32 ones = kValueFormat == kHalf ? 0x3c003c00u : 0x3f803f80u;
             float sum[4] = {l[0], 0.0f, l[1], 0.0f};
 #pragma unroll
@@ -949,12 +963,11 @@ struct Warp {
                 mma_float<kValueFormat>(sum, prob + 4 * step, ones, ones);
             l[0] = sum[0];
             l[1] = sum[2];
-        } else {
+        } else if constexpr (!kCountedSum) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float x = share[h] * (1.0f / kUnit);
-                l[h] = kRunning ? l[h] + x : fmaf(x, factor[h], l[h]);
-            }
+            for (int h = 0; h < 2; ++h)
+                l[h] = kRunning ? l[h] + share[h] * (1.0f / kUnit)
+                                : fmaf(share[h] * (1.0f / (kUnit * kProductRoom)), factor[h], l[h]);
         }
     }
 
@@ -973,7 +986,7 @@ struct Warp {
         const float head_scale = kWideV ? *v_scale : 1.0f;
         float2 scale[kAtOnce];
         if (!kWideV) load_scales(scale, v_scale);
-        float inverse[2], q_scale[2];
+        float inverse[2], bias[2], q_scale[2];
         bool inside[2], sees[2];
         Out::type* target[2];
 #pragma unroll
@@ -992,15 +1005,17 @@ struct Warp {
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const float total = kProductSum ? l[h] : quad_sum(l[h]);
+            const float sum = kProductSum ? l[h] : quad_sum(l[h]);
+            const float total = kCountedSum ? sum * (1.0f / kUnitOfO) : sum;
+            bias[h] = kValueBias * (kFolded ? quad_sum(count[h]) : sum);
             // A row that sees a key has a sum, unless its scores are beyond what floats can tell apart.
             const bool lost = sees[h] && !(total > 0.0f && fabsf(reference[h]) < kLost);
             const float bad = lost ? not_a_number() : poison(guard, q_scale[h]) + total * 0.0f;
-            inverse[h] = finish_factor(total, bad) * head_scale;
+            inverse[h] = finish_factor(total, bad) * (kIntegerP ? 1.0f / kUnitOfO : head_scale);
             if (p.lse != nullptr && quad == 0 && inside[h]) {
                 const int64 index = static_cast<int64>(head) * p.queries + row_of(seldom.w, thread, h);
-                const float offset = p.lse_shift == nullptr ? 0.0f : p.lse_shift[index] * p.scale;
-                p.lse[index] = log_sum_exp(reference[h], total, static_cast<float>(kLevels), offset, bad);
+                const float shift = p.lse_shift == nullptr ? 0.0f : p.lse_shift[index] * p.scale;
+                p.lse[index] = log_sum_exp(reference[h], total, static_cast<float>(kLevels), shift, bad);
             }
         }
 #pragma unroll
@@ -1014,12 +1029,17 @@ struct Warp {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const float2 more = kWideV ? float2{1.0f, 1.0f} : scale[n + i];  // 16 bits: one scale, 2^n
-                        x[2 * i] = o[first + n + i][2 * h] * inverse[h] * more.x;
-                        x[2 * i + 1] = o[first + n + i][2 * h + 1] * inverse[h] * more.y;
+                        x[2 * i] = finished(o[first + n + i][2 * h], bias[h], inverse[h]) * more.x;
+                        x[2 * i + 1] = finished(o[first + n + i][2 * h + 1], bias[h], inverse[h]) * more.y;
                     }
                     store(x, target[h], 8 * (first + n), quad, inside[h]);
                 }
         }
+    }
+
+    // An element of the result, before v_scale, from one of O and 128 c.
+    static __device__ __forceinline__ float finished(float x, float bias, float inverse) {
+        return (kIntegerP ? x - bias : x) * inverse;
     }
 
     static constexpr int kAtOnce = Dp == 128 ? 16 : 8;  // fragments whose scales of V are loaded at a time

@@ -6,9 +6,13 @@
 //     x   = S * a                 a = q_scale * scale * log2(e) * k_scale; V folded: + log2 of the key's V scale
 //     m_t = max of x over the visible keys of the tile
 //     P   = round(LEVELS * 2^(x - m_t))                unsigned bytes, against the tile's own maximum
-//     O  += (P v8) * 2^(m_t - m_ref)                   int32 product of one tile, exact; float accumulator
+//     O  += (P (v8 + 128)) * 2^(m_t - m_ref)           int32 product of one tile, exact; float accumulator
+//     c  += sum(P) * 2^(m_t - m_ref)
 //     l  += sum(P) * 2^(m_t - m_ref)                   V folded: LEVELS * sum(2^(x - m_t) / V scale) instead
-//     out = O * v_scale / l
+//     out = (O - 128 c) * v_scale / l
+//
+// V is stored as v8 + 128, so that products are not negative: an integer below 2^24 is, read as the bits of a float,
+// 2^-149 times itself (the subnormals and the first normals), and joins O without a conversion.
 //
 // m_ref is the maximum of the row's first visible tile. It moves, and O and l with it, only when a tile exceeds
 // it by more than 60: float32 has room for the growth. With P_TILE_MAX=0 (the paper's scheme) P stands against the
@@ -17,26 +21,24 @@
 // A block is persistent, one per SM. Its warpgroup 0 brings data in with few registers: one thread issues 1-D bulk
 // copies of packed K and V tiles (already swizzled and transposed by the quantiser) into a ring of stages, one works
 // out the items (batch, head, block of rows) and leaves a record of each, two warps copy and swizzle the rows of Q.
-// The other warpgroups, CONSUMERS of them, own 64 rows each; they share the tiles and meet in the ring. A consumer's
-// work is one stream of tiles over all its items. Where registers allow (PIPELINED), its products run beside its other
-// work. DP = 128, with two arrays A and B of 64 accumulators:
+// The other warpgroups, CONSUMERS of them, own 64 rows each; they share the tiles and meet in the ring. Those for which
+// an item has no rows go by its tiles.
 //
-//     step j:  row maxima of S(j) in A | wait P V(j-1) in B | O += B | issue S(j+1) into B
-//              | exponentials of A to P | issue P V(j) into A            then A and B change roles
+// In general the products of a warpgroup follow each other in one array of 64 accumulators, that of the scores:
 //
-// (with a mask, S(j+1) is issued together with P V(j)). DP = 64 has one array for S, one for P V, and with group scales
-// of K registers for a third warpgroup, which pays where its 192 rows waste few:
+//     S | row maxima | exponentials to P | P V | O += P V
+//
+// and three warpgroups fill each other's gaps; DP = 256 has registers for two. DP = 64 has registers for an array of its
+// own for P V (PIPELINED, with group scales of K and P against the tile's maximum), and its products run beside its own
+// other work:
 //
 //     step j:  row maxima of S(j) | wait P V(j-1) | O += P V(j-1) beside the exponentials of S(j) to P
 //              | issue S(j+1), P V(j)
 //
 // No branch stands between the sum and the exponentials, so that the compiler mixes them: exponentials alone leave the
-// other pipes idle, a sum alone theirs. So an item's last product is waited for, and its output written, between two
-// steps, by all of a block's warpgroups at about the same time: that takes as long as a tile. Elsewhere (DP = 256,
-// DP = 128 with scales of K per token, a running maximum) the products follow each other in the array of the scores,
-// and the other warpgroups fill the gaps.
+// other pipes idle, a sum alone theirs. An item's last product is waited for, and its output written, between two steps.
 //
-// What else costs: beside products, instructions are slower. In a loop of one kind, beside another warpgroup's products
+// What costs: beside products, instructions are slower. In a loop of one kind, beside another warpgroup's products
 // of 64 x 128 x 32, an H200 took 4.1 cycles instead of 2.2 for a conversion, a maximum or a logical operation, 3.7
 // instead of 2.2 for an integer multiplication, 1.6 instead of 1.2 for a float one, 8.5 instead of 8.1 for an
 // exponential.
@@ -56,6 +58,7 @@
 //     q_scale   2 x ROWS floats
 //     v_scale   4 x DP floats
 //     records   4 x kRecordBytes
+//     deal      32 bytes
 //     barriers  4 * STAGES + 6
 //
 // Compile-time constants (-D):
@@ -64,14 +67,14 @@
 //     V_FOLDED    1: V has a scale per key, folded into the exponent (needs K_SCALE 0)
 //     P_TILE_MAX  1: P against the tile's maximum; 0: against the running maximum
 //     P_LEVELS    255 or 127
-//     CONSUMERS   2, or 3 where DP = 64
+//     CONSUMERS   3, or 2
 //     STAGES      ring depth, a power of two
 //     OUT_DTYPE   kFloat16 (0), kBFloat16 (1), kFloat32 (2)
 //     OUT_PAIRS   1: the caller knows that D = DP, out_channel = 1, and that rows of out start at multiples of 16
 //                 bytes, so that 16 bytes can be stored at once; 0: it may not be so
 //     MASKED      0: the caller knows that every row sees every key and that Sk is a multiple of 128 (less code)
 //
-// Launch: 128 * (1 + CONSUMERS) threads, min(SMs, batches * heads * row_blocks) blocks, row_blocks = ceil(Sq / ROWS).
+// Launch: 128 * (1 + CONSUMERS) threads, min(SMs, batches * heads * row_blocks) blocks, row_blocks = ceil(Sq / 64).
 // Sq, Sk >= 1. `lse` and `lse_shift` may be null. The result does not depend on the grid: no atomics.
 
 #include "output.cuh"
@@ -104,6 +107,11 @@ __device__ __forceinline__ constexpr int score_of(int word, int n) {
     return 8 * (word >> 1) + 2 * (word & 1) + 4 * (n >> 1) + (n & 1);
 }
 
+// The v-th word of P in the order in which they are made: kOrder.row_words of a row, then of the other.
+__device__ __forceinline__ constexpr int word_of(int v) {
+    return v / (2 * kOrder.row_words) * (2 * kOrder.row_words) + v / kOrder.row_words % 2 + v % kOrder.row_words * 2;
+}
+
 // Row (0 or 1) of accumulator element i.
 __device__ __forceinline__ constexpr int row_of(int i) {
     return i >> 1 & 1;
@@ -117,9 +125,9 @@ using Output = Element<OUT_DTYPE>;
 struct Cursor {
     Ring ring;
     int round = 0;
-    int tile = 0;
     unsigned first = 0, last = 0;        // the item's tiles, as counts of the ring
     int end = 0;                         // past the item's last tile; 0 past the last item
+    bool idle = false;                   // the item has no rows for this warpgroup
     int plain_begin = 0, plain_end = 0;  // tiles of the item that need no mask
     unsigned query = 0;                  // descriptor of the item's queries
     unsigned scales = 0;                 // address of their scales
@@ -129,7 +137,7 @@ struct Cursor {
 struct Place {
     Ring ring;
     int round, tile;
-    bool first, last;  // of its item
+    bool last;  // of its item
     bool masked;
 };
 
@@ -148,13 +156,14 @@ struct Consumer {
     unsigned prob[16];
     float reference[2];
     float l[2];        // this lane's share
-    float factor[2];   // of the product under way: tile maximum: to O's reference; running: O's rescaling
+    float count[2];    // V folded: this lane's share of c, which is l elsewhere
+    float factor[2];   // of the product under way: tile maximum: to O's reference and unit; running: O's rescaling
     Cursor at;
 
     __device__ __forceinline__ Consumer(const AttentionParams& p_, const SharedMap& map_, int group_, int thread)
         : p(p_), map(map_), group(group_), lane(thread & 31),
           row_in_block(group_ * kGroupRows + thread / 32 * 16 + (thread & 31) / 4), quad(thread & 3) {
-        never = held(static_cast<unsigned>(p.channels) >> 30);
+        never = blockIdx.y;
         query_low = held(descriptor_low(map.query + group * kGroupRows * DP));
         key_low = held(descriptor_low(map.key));
         value_low = held(descriptor_low(map.value));
@@ -176,11 +185,12 @@ struct Consumer {
     __device__ __forceinline__ void enter_item() {
         barrier_wait(map.query_full(at.round & 1), at.round >> 1 & 1);
         const int4 tiles = load_int4(map.record(at.round) + 16 * group);
-        at.tile = held(tiles.x);
+        const int begin = held(tiles.x);
+        at.idle = begin < 0;
         at.end = held(tiles.y);
         at.first = at.ring.count;
-        at.last = at.first + at.end - at.tile - 1;
-        if (MASKED) {
+        at.last = at.first + at.end - (at.idle ? ~begin : begin) - 1;
+        if (MASKED && PIPELINED) {
             at.plain_begin = held(tiles.z);
             at.plain_end = held(tiles.w);
         }
@@ -189,17 +199,14 @@ struct Consumer {
     }
 
     __device__ __forceinline__ Place place() const {
-        return {at.ring, at.round, at.tile, at.ring.count == at.first, at.ring.count == at.last,
-                MASKED && (at.tile < at.plain_begin || at.tile >= at.plain_end)};
-    }
-
-    __device__ __forceinline__ void advance(bool last) {
-        at.ring.advance();
-        ++at.tile;
-        if (__builtin_expect(last, 0)) {
-            ++at.round;
-            enter_item();
+        const int tile = at.end - 1 - static_cast<int>(at.last - at.ring.count);
+        int begin = at.plain_begin, end = at.plain_end;
+        if (MASKED && !PIPELINED) {  // registers are short
+            const int4 tiles = load_int4(map.record(at.round) + 16 * group);
+            begin = held(tiles.z);
+            end = held(tiles.w);
         }
+        return {at.ring, at.round, tile, at.ring.count == at.last, MASKED && (tile < begin || tile >= end)};
     }
 
     // Half of an array of scores: the accumulator of 64 columns.
@@ -235,7 +242,7 @@ struct Consumer {
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-            wgmma_u8s8(acc, prob + 4 * k, descriptor(b + k * kDescriptorStep32, kValueHigh), k > 0);
+            wgmma_u8u8(acc, prob + 4 * k, descriptor(b + k * kDescriptorStep32, kValueHigh), k > 0);
         wgmma_commit();
     }
 
@@ -244,7 +251,7 @@ struct Consumer {
     __device__ __forceinline__ void add_product(const int (&acc)[n], int first) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const float x = static_cast<float>(acc[i]);
+            const float x = __int_as_float(acc[i]);
             float& y = o[first + i];
             y = kTileMax ? fmaf(x, factor[row_of(i)], y) : fmaf(y, factor[row_of(i)], x);
         }
@@ -254,7 +261,9 @@ struct Consumer {
     // 8i + 2 quad + c.
     __device__ __forceinline__ unsigned visible_bits(const Place& place, int r) const {
         const int first = load_int4(map.record(place.round) + kRecordItem).x;
-        const KeyRange keys = visible_keys(p, first + row_in_block + 8 * r);
+        const int thread = opaque(threadIdx.x) % 128;  // worked out again, for want of registers in the loop
+        const int row = PIPELINED ? row_in_block : group * kGroupRows + thread / 32 * 16 + thread % 32 / 4;
+        const KeyRange keys = visible_keys(p, first + row + 8 * r);
         const int base = place.tile * kTileKeys + 2 * quad;
         return low_bits(keys.end - base) & ~low_bits(keys.begin - base);
     }
@@ -376,6 +385,7 @@ struct Consumer {
                     const float down = grow[r] ? exp2_fast(reference[r] - m[r]) : 1.0f;
                     if (grow[r]) reference[r] = m[r];
                     l[r] *= down;
+                    if (kFolded) count[r] *= down;
 #pragma unroll
                     for (int i = 0; i < DP / 2; ++i)
                         if (row_of(i) == r) o[i] *= down;
@@ -387,14 +397,16 @@ struct Consumer {
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float x = sum[r];
-            if (!kFolded) {
-                unsigned count[2] = {0, 0};
+            const auto add = [&](float& to, float x) {
+                to = kTileMax ? fmaf(x, factor[r], to) : fmaf(to, factor[r], x);
+            };
+            unsigned words[2] = {0, 0};
 #pragma unroll
-                for (int w = r; w < 16; w += 2) count[w / 8] = __dp4a(prob[w], 0x01010101u, count[w / 8]);
-                x = static_cast<float>(static_cast<int>(count[0] + count[1]));
-            }
-            l[r] = kTileMax ? fmaf(x, factor[r], l[r]) : fmaf(l[r], factor[r], x);
+            for (int w = r; w < 16; w += 2) words[w / 8] = __dp4a(prob[w], 0x01010101u, words[w / 8]);
+            const float counted = static_cast<float>(static_cast<int>(words[0] + words[1]));
+            add(l[r], kFolded ? sum[r] : counted);
+            if (kFolded) add(count[r], counted);
+            if (kTileMax) factor[r] *= kProductRoom;
         }
     }
 
@@ -411,43 +423,51 @@ struct Consumer {
         sum[0] = sum[1] = 0.0f;
         float shifts[2] = {shift[0], shift[1]};
 #pragma unroll
-        for (int block = 0; block < 8; ++block) {  // 16 keys
-            if (block >= kChain)
+        for (int first = 0; first < 16; first += kOrder.block_words) {
 #pragma unroll
-                for (int r = 0; r < 2; ++r) shifts[r] = after(shifts[r], prob[2 * (block - kChain) + r]);
+            for (int v = first; v < first + kOrder.block_words; v += kOrder.row_words) {
+                const int r = word_of(v) & 1;
+                if (first >= kOrder.chain * kOrder.block_words)
+                    shifts[r] = after(shifts[r], prob[word_of(v - kOrder.chain * kOrder.block_words)]);
+            }
 #pragma unroll
-            for (int i = 8 * block; i < 8 * block + 8; ++i) {
-                const int r = row_of(i);
-                float x = kRaw ? static_cast<float>(s[i]) : __int_as_float(s[i]);
-                x = kFolded ? x + shifts[r] : fmaf(x, scale[r], shifts[r]);
-                s[i] = __float_as_int(exp2_fast(x));
+            for (int v = first; v < first + kOrder.block_words; ++v) {
+                const int w = word_of(v);
+                const int r = w & 1;
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    int& y = s[score_of(w, n)];
+                    float x = kRaw ? static_cast<float>(y) : __int_as_float(y);
+                    x = kFolded ? x + shifts[r] : fmaf(x, scale[r], shifts[r]);
+                    y = __float_as_int(exp2_fast(x));
+                }
             }
             if (kFolded) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const float4 value = load_float4(fold + 128 * block + 64 * half);
+                for (int i = 4 * first; i < 4 * (first + kOrder.block_words); i += 4) {
+                    const float4 value = load_float4(fold + 16 * i);
 #pragma unroll
                     for (int n = 0; n < 4; ++n)
-                        sum[n >> 1] = fmaf(__int_as_float(s[8 * block + 4 * half + n]), n & 1 ? value.w : value.y,
-                                           sum[n >> 1]);
+                        sum[n >> 1] = fmaf(__int_as_float(s[i + n]), n & 1 ? value.w : value.y, sum[n >> 1]);
                 }
             }
 #pragma unroll
-            for (int w = 2 * block; w < 2 * block + 2; ++w)
+            for (int v = first; v < first + kOrder.block_words; ++v) {
+                const int w = word_of(v);
                 prob[w] = round_bytes(__int_as_float(s[score_of(w, 0)]), __int_as_float(s[score_of(w, 1)]),
                                       __int_as_float(s[score_of(w, 2)]), __int_as_float(s[score_of(w, 3)]));
+            }
         }
         if (masked && !kFolded && __builtin_expect(place.masked, 0)) hide_probabilities(place);
     }
 
     // The rows of the cursor's item. The first tile that they see moves the reference.
     __device__ __forceinline__ void begin_item() {
-        float scale[2];
-        read_scales(scale);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             reference[r] = -infinity();
-            l[r] = scale[r] * 0.0f;  // NaN for a poisoned row, and so it stays
+            l[r] = query_scale(r) * 0.0f;  // NaN for a poisoned row, and so it stays
+            count[r] = 0.0f;
         }
 #pragma unroll
         for (int i = 0; i < DP / 2; ++i) o[i] = 0.0f;
@@ -457,25 +477,33 @@ struct Consumer {
         static_cast<Output::type*>(p.out)[index] = Output::store(x);
     }
 
+    // An element of O without what the bias of V added. bias: of the row.
+    static __device__ __forceinline__ float without_bias(float x, float bias) {
+        return fmaf(kTileMax ? x : x * kProductRoom, 1.0f / (kProductUnit * kProductRoom), -bias);
+    }
+
     // Writes the rows of the round-th item.
     __device__ __forceinline__ void finish_item(int round) const {
         const int4 item = load_int4(map.record(round) + kRecordItem);  // row, head, kv_head, batch
         const int batch = item.w;
         const int head = item.y;
-        const float guard = load_float(map.record(round) + kRecordGuard);
+        const int4 rest = load_int4(map.record(round) + kRecordGuard);
+        const float guard = __int_as_float(rest.x);
+        const int groups = rest.y;
         const unsigned v_scale = map.value_scale + (round % kItemSlots * DP + 2 * quad) * 4;
-        float inverse[2];
+        float inverse[2], bias[2];
         bool inside[2];
         long long index[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = item.x + row_in_block + 8 * r;
-            inside[r] = row < p.queries;
+            inside[r] = row < p.queries && row_in_block < groups * kGroupRows;
             const float total = quad_sum(l[r]);
             // A row that sees a key has a sum, unless its scores are beyond what floats can tell apart.
             const bool lost = reference[r] != -infinity() && !(total > 0.0f && fabsf(reference[r]) < kLostExponent);
             const float poisoned = lost ? not_a_number() : guard + total * 0.0f;
             inverse[r] = finish_factor(total, poisoned);
+            bias[r] = kValueBias * (kFolded ? quad_sum(count[r]) : total);
             index[r] = batch * p.out_batch + (head - batch * p.heads) * p.out_head + row * p.out_row;
             if (p.lse != nullptr && quad == 0 && inside[r]) {
                 const long long at_row = static_cast<long long>(head) * p.queries + row;
@@ -495,8 +523,9 @@ struct Consumer {
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         const float* x = o + 4 * (i + n) + 2 * r;
-                        pair[n] = Output::store_pair<kSaturateAtOnce>(x[0] * (inverse[r] * scale[n].x),
-                                                                      x[1] * (inverse[r] * scale[n].y));
+                        pair[n] = Output::store_pair<kSaturateAtOnce>(
+                            without_bias(x[0], bias[r]) * (inverse[r] * scale[n].x),
+                            without_bias(x[1], bias[r]) * (inverse[r] * scale[n].y));
                     }
                     store_pairs(pair, static_cast<Output::type*>(p.out) + index[r] + 8 * i, quad, inside[r]);
                 }
@@ -510,23 +539,27 @@ struct Consumer {
                 const int channel = 8 * i + 2 * quad;
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
+                    const float* x = o + 4 * i + 2 * r;
                     if (inside[r] && channel < p.channels)
-                        store_one(index[r], o[4 * i + 2 * r] * (inverse[r] * scale.x));
+                        store_one(index[r], without_bias(x[0], bias[r]) * (inverse[r] * scale.x));
                     if (inside[r] && channel + 1 < p.channels)
-                        store_one(index[r] + p.out_channel, o[4 * i + 2 * r + 1] * (inverse[r] * scale.y));
+                        store_one(index[r] + p.out_channel, without_bias(x[1], bias[r]) * (inverse[r] * scale.y));
                     index[r] += 8 * p.out_channel;
                 }
             }
         }
     }
 
+    __device__ __forceinline__ float query_scale(int r) const {
+        return load_float(at.scales + 4 * row_in_block + 32 * r);
+    }
+
     // The scales of the two rows for the cursor's tile; token scales of K come in later.
     __device__ __forceinline__ void read_scales(float (&scale)[2]) const {
-        const unsigned address = at.scales + 4 * row_in_block;
         const float key_scale = kRaw ? load_float(map.aux + at.ring.stage() * kAuxBytes + 4 * quad) : 1.0f;
         const float factor = fabsf(p.scale_log2) * key_scale;  // its sign is in Q
-        scale[0] = load_float(address) * factor;
-        scale[1] = load_float(address + 32) * factor;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) scale[r] = query_scale(r) * factor;
     }
 
     // From S to the row maxima: everything of a step before the product under way is needed. scale: of the two rows.
@@ -562,89 +595,92 @@ struct Consumer {
         if (!value_ready) barrier_wait(map.value_full(place.ring.stage()), place.ring.phase());
     }
 
+    // Of an item that has no rows for this warpgroup, goes by all tiles but the last, giving back what the others work
+    // on. The last one is worked out, for nothing, so that all items end alike.
+    __device__ __forceinline__ void pass_tiles() {
+        while (at.ring.count != at.last) {
+            if (PIPELINED && at.ring.count > 0) arrive(map.value_empty(at.ring.previous_stage()));
+            wait_key(false);
+            arrive(map.key_empty(at.ring.stage()));
+            barrier_wait(map.value_full(at.ring.stage()), at.ring.phase());
+            if (!PIPELINED) arrive(map.value_empty(at.ring.stage()));
+            at.ring.advance();
+        }
+        at.first = at.last;
+        wait_key(false);
+    }
+
 #if PIPELINED
-    // S in s becomes P, the product before is added to O, and `other` is free. masked: the tile needs a mask.
-    template <bool masked, int n>
-    __device__ __forceinline__ void probabilities(int (&s)[64], int (&other)[64], int (&product)[n], const Place& here,
+    // S becomes P, and the product before is added to O. masked: the tile needs a mask.
+    template <bool masked>
+    __device__ __forceinline__ void probabilities(int (&s)[64], int (&product)[32], const Place& here,
                                                   const float (&scale)[2], float (&m)[2], float (&sum)[2]) {
-        constexpr bool product_first = masked && DP == 64;  // hiding scores needs its registers
-        if (!product_first) first_half<masked>(s, here, scale, m);
+        if (!masked) first_half<masked>(s, here, scale, m);
         wgmma_wait<0>(product, prob);
         if (here.ring.count > 0) arrive(map.value_empty(here.ring.previous_stage()));
         add_product(product, 0);
-        if (kScoresFirst) issue_scores(other);
-        if (product_first) first_half<masked>(s, here, scale, m);
+        if (masked) first_half<masked>(s, here, scale, m);  // hiding scores needs the product's registers
         second_half<masked>(s, here, scale, m, sum);
     }
 
-    // A step of the pipeline: S of the cursor's tile is in s, the product of the tile before under way in `product`.
-    // S of the next tile goes to `other`, the tile's own product to `next`.
-    template <int n>
-    __device__ __forceinline__ void step(int (&s)[64], int (&other)[64], int (&product)[n], int (&next)[n]) {
+    // A step of the pipeline: S of the cursor's tile is in s, the product of the tile before under way. S of the next
+    // tile and the tile's own product follow.
+    __device__ __forceinline__ void step(int (&s)[64], int (&product)[32]) {
         float scale[2], m[2], sum[2];
         const Place here = place();
         bool key_ready = !kTestLate && next_key_ready();
         read_scales(scale);
-        if (kScoresFirst) {
-            advance(here.last);
-            wait_key(key_ready);
-        }
         if (MASKED && __builtin_expect(here.masked, 0))
-            probabilities<true>(s, other, product, here, scale, m, sum);
+            probabilities<true>(s, product, here, scale, m, sum);
         else
-            probabilities<false>(s, other, product, here, scale, m, sum);
+            probabilities<false>(s, product, here, scale, m, sum);
         if (kTestLate) key_ready = next_key_ready();
         if (!kSettleLate) settle(m, sum);
-        if (!kScoresFirst) {
-            advance(here.last);
-            wait_key(key_ready);
-            issue_scores(other);
+        at.ring.advance();
+        if (__builtin_expect(here.last, 0)) {
+            ++at.round;
+            enter_item();
         }
-        issue_values(next, here.ring.stage(), 0);
+        wait_key(key_ready);
+        issue_scores(s);
+        issue_values(product, here.ring.stage(), 0);
         if (kSettleLate) settle(m, sum);
     }
 
     // At the first tile of an item: ends the item before, whose last product is under way. True past the last item.
-    template <int n>
-    __device__ __forceinline__ bool change_item(int (&product)[n]) {
+    __device__ __forceinline__ bool change_item(int (&product)[32]) {
         wgmma_wait<0>(product, prob);
         if (at.round > 0) {
             add_product(product, 0);
             finish_item(at.round - 1);
         }
         if (at.end == 0) return true;
+        if (at.idle) pass_tiles();
         begin_item();
 #pragma unroll
-        for (int i = 0; i < n; ++i) product[i] = 0;  // it is in O
+        for (int i = 0; i < 32; ++i) product[i] = 0;  // it is in O
         // The next step adds it once more, with this factor: NaN, after a lost row, would make NaN of it. (A factor set
         // to 0 would do as well, but makes the compiler order all steps otherwise than they were measured.)
-        for (int r = 0; r < 2; ++r) factor[r] = fminf(factor[r], 0x1p100f);
+        for (int r = 0; r < 2; ++r) factor[r] = fminf(factor[r], 0x1p126f);
         return false;
     }
 
     __device__ __forceinline__ void run() {
-        int a[64], b[DP == 64 ? 32 : 64];
+        int s[64], product[32];
 #pragma unroll
-        for (int i = 0; i < 64; ++i) a[i] = 0;
+        for (int i = 0; i < 64; ++i) s[i] = 0;
 #pragma unroll
-        for (int i = 0; i < DP / 2; ++i) b[i] = 0;
+        for (int i = 0; i < 32; ++i) product[i] = 0;
         enter_item();
+        if (at.end == 0) return;
         wait_key(false);
-        issue_scores(a);
-        wgmma_wait<0>(a);
+        issue_scores(s);
+        wgmma_wait<0>(s);
         while (true) {
-            wgmma_wait<1>(a);
+            wgmma_wait<1>(s);
             if (__builtin_expect(at.ring.count == at.first, 0))
-                if (change_item(b)) break;
-#if DP == 64
-            step(a, a, b, b);
-#else
-            step(a, b, b, a);
-            wgmma_wait<1>(b);
-            if (__builtin_expect(at.ring.count == at.first, 0))
-                if (change_item(a)) break;
-            step(b, a, a, b);
-#endif
+                if (change_item(product)) break;
+            step(s, product);
         }
     }
 #else
@@ -660,34 +696,38 @@ struct Consumer {
         int s[64];
 #pragma unroll
         for (int i = 0; i < 64; ++i) s[i] = 0;
-        enter_item();
-        wait_key(false);
-        issue_scores(s);
-        while (true) {
-            wgmma_wait<0>(s);
+        for (;; ++at.round) {
+            enter_item();
             if (at.end == 0) break;
-            float scale[2], m[2], sum[2];
-            const Place here = place();
-            read_scales(scale);
-            if (__builtin_expect(here.first, 0)) begin_item();  // before the first half gives the scales back
-            first_half<MASKED>(s, here, scale, m);
-            second_half<MASKED>(s, here, scale, m, sum);
-            const bool key_ready = next_key_ready();
-            if (!kSettleLate) settle(m, sum);
-            constexpr int width = kHalves ? 64 : 128;  // channels of a product
-#pragma unroll
-            for (int channel = 0; channel < DP; channel += width) {
-                auto& product = product_of(s);
-                issue_values(product, here.ring.stage(), channel);
-                if (kSettleLate && channel == 0) settle(m, sum);
-                wgmma_wait<0>(product, prob);
-                add_product(product, channel / 2);
-            }
-            arrive(map.value_empty(here.ring.stage()));
-            advance(here.last);
-            wait_key(key_ready);
+            if (at.idle) pass_tiles();
+            begin_item();
+            wait_key(false);
             issue_scores(s);
-            if (__builtin_expect(here.last, 0)) finish_item(here.round);
+            while (true) {
+                float scale[2], m[2], sum[2];
+                const Place here = place();
+                read_scales(scale);
+                wgmma_wait<0>(s);
+                first_half<MASKED>(s, here, scale, m);
+                second_half<MASKED>(s, here, scale, m, sum);
+                const bool key_ready = next_key_ready();
+                if (!kSettleLate) settle(m, sum);
+                constexpr int width = kHalves ? 64 : 128;  // channels of a product
+#pragma unroll
+                for (int channel = 0; channel < DP; channel += width) {
+                    auto& product = product_of(s);
+                    issue_values(product, here.ring.stage(), channel);
+                    if (kSettleLate && channel == 0) settle(m, sum);
+                    wgmma_wait<0>(product, prob);
+                    add_product(product, channel / 2);
+                }
+                arrive(map.value_empty(here.ring.stage()));
+                at.ring.advance();
+                if (here.last) break;
+                wait_key(key_ready);
+                issue_scores(s);
+            }
+            finish_item(at.round);
         }
     }
 #endif
@@ -713,6 +753,7 @@ extern "C" __global__ void __launch_bounds__(intfa::kThreads, 1)
             barrier_init(map.record_full(i), 1);
         }
         barrier_init_fence();
+        plan_deal(p, map);
     }
     __syncthreads();
     const int thread = threadIdx.x % 128;

@@ -16,8 +16,8 @@
 // running maximum and O is rescaled in every tile: Algorithm 1 of INT-FlashAttention (arXiv 2409.16997). With
 // kHalfPV, P and V are fp16 and O accumulates inside the fragments.
 //
-// WMMA multiplies u8 by u8 or s8 by s8, not u8 by s8. Where P fills 0..255, V's bytes are read as v + 128 (top bit
-// flipped) and the accumulator starts at -128 * rowsum(P), which makes the result exactly P v.
+// WMMA multiplies u8 by u8 or s8 by s8, not u8 by s8. P is unsigned, and an integer V is stored as v + 128: the sums
+// start at -128 * rowsum(P), which makes the result exactly P v.
 //
 // The layout of a fragment is the compiler's secret, and nothing here depends on it: S and P go through shared
 // memory, and a warp learns the row of each accumulator element by loading a matrix of row numbers.
@@ -25,7 +25,7 @@
 // Shared memory, in this order (Dp = D padded to 64, 128 or 256):
 //   K        128 x Dp bytes as 16x16 blocks of 256 bytes: block (key / 16, channel / 16), rows of 16 bytes. Copies
 //            and fragment loads are both free of bank conflicts that way, without padding.
-//   V        Dp x 128 bytes, blocks (channel / 16, position / 16) as above; kHalfPV: 128 rows of Dp + 8 halves.
+//   V        Dp x 128 bytes, v + 128, as blocks (channel / 16, position / 16), too; kHalfPV: 128 rows of Dp + 8 halves.
 //            With kBuffers = 1, K and V take turns in one place.
 //   k_scale  128 floats, if K has a scale per key
 //   fold     128 pairs, if V is folded: {log2 of the key's scale, reciprocal of the scale}
@@ -57,7 +57,6 @@ constexpr int kBuffers = INTFA_BUFFERS;                  // 2: K and V have thei
 constexpr bool kQueryInRegisters = INTFA_QUERY_IN_REGISTERS;
 constexpr bool kKeepScores = INTFA_KEEP_SCORES;          // hold exponents in registers, or compute them twice
 constexpr float kLevels = INTFA_P_LEVELS;                // what the probability 1 is stored as
-constexpr bool kSignedP = INTFA_P_SIGNED;
 constexpr bool kRunning = INTFA_P_RUNNING;
 constexpr int kKeyScale = INTFA_K_SCALE;
 constexpr bool kFolded = INTFA_V_FOLDED;
@@ -371,7 +370,7 @@ struct Softmax {
         Row* const rows = reinterpret_cast<Row*>(warp_memory + Map::rows);
         if (half == 0) {
             rows[lane / 2].weight = weight;
-            rows[lane / 2].bias = -128 * row_sum;
+            rows[lane / 2].bias = -static_cast<int>(kValueBias) * row_sum;
             rows[lane / 2].rescale = rescale;
         }
         return kRunning || __any_sync(kFullWarp, move);
@@ -406,20 +405,10 @@ struct ElementRows {
     }
 };
 
-template <bool is_signed>
-struct ByteOf {
-    using type = unsigned char;
-};
-template <>
-struct ByteOf<true> {
-    using type = signed char;
-};
-
 // Integer P and V: a tile's product is exact in int32 and joins O in float.
 struct IntegerOutput {
-    using Byte = ByteOf<kSignedP>::type;
-    using P = wmma::fragment<wmma::matrix_a, 16, 16, 16, Byte, wmma::row_major>;
-    using V = wmma::fragment<wmma::matrix_b, 16, 16, 16, Byte, wmma::col_major>;
+    using P = wmma::fragment<wmma::matrix_a, 16, 16, 16, unsigned char, wmma::row_major>;
+    using V = wmma::fragment<wmma::matrix_b, 16, 16, 16, unsigned char, wmma::col_major>;
     using Sum = wmma::fragment<wmma::accumulator, 16, 16, 16, int>;
     static constexpr int kElements = Sum::num_elements;
 
@@ -454,23 +443,18 @@ struct IntegerOutput {
             Sum sum[kWide];
 #pragma unroll
             for (int e = 0; e < kElements; ++e) {
-                const int bias = kSignedP ? 0 : rows[row_of[e]].bias;
+                const int bias = rows[row_of[e]].bias;
 #pragma unroll
                 for (int w = 0; w < kWide; ++w) sum[w].x[e] = bias;
             }
 #pragma unroll 2
             for (int j = 0; j < kKeyBlocks; ++j) {
                 P a;
-                wmma::load_matrix_sync(a, reinterpret_cast<const Byte*>(p) + j * kBlock, 16);
+                wmma::load_matrix_sync(a, p + j * kBlock, 16);
 #pragma unroll
                 for (int w = 0; w < kWide; ++w) {
                     V b;
-                    wmma::load_matrix_sync(
-                        b, reinterpret_cast<const Byte*>(value) + ((n + w) * kKeyBlocks + j) * kBlock, 16);
-                    if (!kSignedP) {
-#pragma unroll
-                        for (int e = 0; e < V::num_elements; ++e) b.x[e] ^= 0x80;
-                    }
+                    wmma::load_matrix_sync(b, value + ((n + w) * kKeyBlocks + j) * kBlock, 16);
                     wmma::mma_sync(sum[w], a, b, sum[w]);
                 }
             }

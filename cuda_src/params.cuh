@@ -68,7 +68,7 @@ struct AttentionParams {
     int keys;                 // Sk
     int channels;             // D
     int tiles;                // nT
-    int row_blocks;           // blocks of query rows per head: ceil(Sq / rows of the kernel's tile)
+    int row_blocks;           // blocks of query rows per head: ceil(Sq / rows of a block; wgmma: of a warpgroup, 64)
     int left;                 // keys before the diagonal that a row sees, or kUnbounded
     int right;                // keys after it (0: causal), or kUnbounded
     float scale;              // softmax scale

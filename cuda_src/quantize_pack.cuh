@@ -334,7 +334,8 @@ __device__ __forceinline__ void pack_values(const QuantizeParams& p, int head, i
                     const float scale = kValueScale == kValueToken ? token[k] : inverse[i];
                     byte[k] = scale == 0.0f ? 0 : rounded(x[k][i], scale);
                 }
-                word = pack_low_bytes(byte[0], byte[1], byte[2], byte[3]);
+                // v + 128 for the kernels; see packing.py.
+                word = pack_low_bytes(byte[0], byte[1], byte[2], byte[3]) ^ 0x80808080u;
             }
             shared[(first + i) * kTransposeStride + slot + w * kValueSlots] = word;
         }

@@ -12,6 +12,15 @@ constexpr float kReferenceSlack = 60.0f;
 // From here on floats tell exponents apart too coarsely for a P of 8 bits, and a row becomes NaN.
 constexpr float kLostExponent = 0x1p24f;
 
+// V of one byte is stored as v + this: P V has only products that are not negative, and the sum of P takes the rest away
+// again.
+constexpr float kValueBias = 128.0f;
+
+// What 1 is when the bits of an integer below 2^24 are read as a float, and where O is instead to have it: 2^-149 has no
+// room for factors below 1. A factor of up to 2^kReferenceSlack times this is still finite.
+constexpr float kProductUnit = 0x1p-149f;
+constexpr float kProductRoom = 0x1p66f;
+
 // Adding this to 0 <= x < 2^22 leaves round-to-nearest-even(x) in the low bits of the float.
 constexpr float kRoundingMagic = 12582912.0f;  // 1.5 * 2^23
 

@@ -83,10 +83,10 @@ __device__ __forceinline__ void wgmma_s8s8(int (&acc)[64], unsigned long long a,
 }
 
 // The same with unsigned A in registers: words {row r, depth 4q..}, {row r+8}, {row r, depth 16+4q..}, {row r+8}.
-__device__ __forceinline__ void wgmma_u8s8(int (&acc)[64], const unsigned* a, unsigned long long b, bool add) {
+__device__ __forceinline__ void wgmma_u8u8(int (&acc)[64], const unsigned* a, unsigned long long b, bool add) {
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" INTFA_D64 "}, {%64, %65, %66, %67}, %68, add;\n}"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.u8 {" INTFA_D64 "}, {%64, %65, %66, %67}, %68, add;\n}"
         : INTFA_R64(acc)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
@@ -100,10 +100,10 @@ __device__ __forceinline__ void wgmma_s8s8(int (&acc)[32], unsigned long long a,
         : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
-__device__ __forceinline__ void wgmma_u8s8(int (&acc)[32], const unsigned* a, unsigned long long b, bool add) {
+__device__ __forceinline__ void wgmma_u8u8(int (&acc)[32], const unsigned* a, unsigned long long b, bool add) {
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" INTFA_D32 "}, {%32, %33, %34, %35}, %36, add;\n}"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.u8 {" INTFA_D32 "}, {%32, %33, %34, %35}, %36, add;\n}"
         : INTFA_R32(acc, 0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }

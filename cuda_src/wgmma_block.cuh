@@ -10,7 +10,7 @@
 
 // Whether the products of a warp run beside its other work. It takes registers besides those of the scores. (With a
 // running maximum the compiler has the products wait for each other.)
-#define PIPELINED (P_TILE_MAX && (DP == 64 || (DP == 128 && K_SCALE == 1)))
+#define PIPELINED (P_TILE_MAX && DP == 64 && K_SCALE == 1)
 
 namespace intfa {
 
@@ -22,21 +22,27 @@ constexpr int kConsumers = CONSUMERS;     // warpgroups that compute
 constexpr int kGroupRows = 64;            // query rows of each
 constexpr int kBlockRows = kConsumers * kGroupRows;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kProducerRegisters = 24;
+// A block starts with 65536 / kThreads registers a thread, in eights: 128 with four warpgroups, 168 with three.
+constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
 constexpr int kQueryLoaders = 64;         // threads that copy Q
-constexpr int kConsumerRegisters = 480 / kConsumers;  // 128 * (24 + 480) of the SM's 65536
+constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
 
 // --- what runs beside what: found by measurement ------------------------------------------------------------
 
-// The exponentials run in blocks of 16 keys; a block starts after the probabilities of the one kChain before are
-// packed (there are 8 blocks). Left to itself the compiler puts all exponentials in one run, and all packing behind it.
-constexpr int kChain = !PIPELINED  ? (DP == 128 && !MASKED ? 3 : 4)
-                       : DP == 128 ? (MASKED ? 3 : 1)
-                                   : (K_SCALE == 1 && (kConsumers == 3 || MASKED) ? 8 : 4);
-// The next tile's S is issued as soon as its array is free, not only together with this tile's P V.
-constexpr bool kScoresFirst = PIPELINED && DP == 128 && !MASKED;
-// Where O and l stand is settled while P V is under way, not before it is issued.
-constexpr bool kSettleLate = PIPELINED ? kConsumers == 2 && (MASKED || K_SCALE != 1) : DP < 256;
+// The exponentials run in blocks of kBlockWords words of P (each of 4 keys of a row), kRowWords of the same row next to
+// each other. A block starts after the probabilities of the one kChain before are packed; left to itself the compiler
+// puts most exponentials in one run, and all packing behind it. That alone is worth 5 %.
+struct Order {
+    int row_words, block_words, chain;
+};
+constexpr bool kPlain = K_SCALE == kScaleGroup && P_TILE_MAX;
+constexpr Order kOrder = !kPlain && DP < 256            ? Order{1, 2, DP == 128 ? 6 : 8}
+                         : !kPlain || kConsumers == 2 ? Order{1, 2, 3}
+                         : DP == 128                  ? Order{4, 4, 1}
+                         : MASKED                     ? Order{4, 4, 2}
+                                                      : Order{4, 1, 6};
+// The sum of P is taken while P V is under way, not before it is issued.
+constexpr bool kSettleLate = DP == 64 && !(kPlain && kConsumers == 3);
 // Fewer instructions for float16 results; at d = 64 the compiler makes a loop 6 % slower of it.
 constexpr bool kSaturateAtOnce = DP > 64;
 // Whether the next keys are there is looked up late in a step: earlier, the answer costs a register too many.
@@ -49,7 +55,7 @@ constexpr bool kTileMax = P_TILE_MAX;
 static_assert(K_SCALE == kScaleGroup || K_SCALE == kScaleToken, "K scale per token or per group");
 static_assert(!kFolded || K_SCALE == kScaleToken, "folded V goes with token scales of K");
 static_assert(DP == 64 || DP == 128 || DP == 256, "head dimension is padded to 64, 128 or 256");
-static_assert(kConsumers == 2 || (kConsumers == 3 && DP == 64), "what the registers allow");
+static_assert(kConsumers == 2 || (kConsumers == 3 && DP <= 128), "what the registers allow");
 
 // Whether the product of 64 channels takes half of the array that the scores were in.
 constexpr bool kHalves = DP == 64 && !PIPELINED;
@@ -77,7 +83,7 @@ constexpr int kItemSlots = 4;  // a record is read until the item's output is wr
                                // are at most two items ahead of that
 
 struct SharedMap {
-    unsigned query, key, value, aux, query_scale, value_scale, item, barriers;
+    unsigned query, key, value, aux, query_scale, value_scale, item, deal, barriers;
     __device__ __forceinline__ explicit SharedMap(unsigned base)
         : query(base),
           key(query + 2 * kQueryBytes),
@@ -86,7 +92,8 @@ struct SharedMap {
           query_scale(aux + kStages * kAuxBytes),
           value_scale(query_scale + 2 * kBlockRows * 4),
           item(value_scale + kItemSlots * DP * 4),
-          barriers(item + kItemSlots * kRecordBytes) {}
+          deal(item + kItemSlots * kRecordBytes),
+          barriers(deal + 32) {}
     __device__ __forceinline__ unsigned key_full(int stage) const { return barriers + 8 * stage; }
     __device__ __forceinline__ unsigned key_empty(int stage) const { return barriers + 8 * (kStages + stage); }
     __device__ __forceinline__ unsigned value_full(int stage) const { return barriers + 8 * (2 * kStages + stage); }
@@ -103,38 +110,88 @@ struct SharedMap {
     }
 };
 
-// --- items: (batch, head, block of rows), dealt to the blocks of the grid ----------------------------------
+// --- items: up to kConsumers neighbouring groups of 64 rows of a head, dealt to the blocks of the grid ------
 
 struct Item {
-    int head;     // b * H + h
-    int kv_head;  // b * Hkv + h / group
-    int row;      // first query row
+    int head;    // b * H + h
+    int row;     // first query row
+    int groups;  // of 64 rows; the warpgroups beyond have nothing to do
 };
 
-// Item of this block in its round-th turn; false when there is none. Under a causal mask the long rows come first,
-// and the deal goes back and forth over the blocks, which evens out their sums.
-__device__ __forceinline__ bool find_item(const AttentionParams& p, int round, Item& item) {
-    const int all_heads = p.batches * p.heads;
-    const int turn = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const int index = round * static_cast<int>(gridDim.x) + turn;
-    if (index >= all_heads * p.row_blocks) return false;
-    int block;
-    if (p.right != kUnbounded) {
-        block = p.row_blocks - 1 - index / all_heads;
-        item.head = index % all_heads;
-    } else {
-        item.head = index / p.row_blocks;
-        block = index % p.row_blocks;
+__device__ __forceinline__ int divide_up(int x, int y) { return (x + y - 1) / y; }
+
+// How items are dealt, in shared memory. The deal goes back and forth over the blocks.
+//
+// With a causal mask the long rows come first, which evens out the sums; what a head has too few groups for is its
+// first, shortest rows. Without, all full items take the same time: as many as make whole rounds come first, and the
+// rest is cut so small, if that is possible, that one more round takes it. Left are then the next head from some group
+// on, all later heads, and the ends of the heads before: {whole, head, group, size} and the items {of the head, of a
+// later one, of all later ones, of an end}.
+__device__ __forceinline__ void plan_deal(const AttentionParams& p, const SharedMap& map) {
+    const int heads = p.batches * p.heads;
+    const int groups = p.row_blocks;
+    const int blocks = static_cast<int>(gridDim.x);
+    const int full = groups / kConsumers;  // full items of a head
+    const int whole = heads * full / blocks * blocks;
+    const int head = full > 0 ? whole / full : 0;
+    const int group = full > 0 ? whole % full * kConsumers : 0;
+    for (int size = 1;; ++size) {
+        const int first = head < heads ? divide_up(groups - group, size) : 0;
+        const int later = divide_up(groups, size);
+        const int all_later = head < heads ? (heads - head - 1) * later : 0;
+        const int end = divide_up(groups % kConsumers, size);
+        if (size < kConsumers && first + all_later + head * end > blocks) continue;
+        store_int4(map.deal, whole, head, group, size);
+        store_int4(map.deal + 16, first, later, all_later, end);
+        return;
     }
-    const int b = item.head / p.heads;
-    item.kv_head = b * p.kv_heads + (item.head - b * p.heads) / (p.heads / p.kv_heads);
-    item.row = block * kBlockRows;
+}
+
+// Item of this block in its round-th turn; false when there is none.
+__device__ __forceinline__ bool find_item(const AttentionParams& p, const SharedMap& map, int round, Item& item) {
+    const int groups = p.row_blocks;
+    const int blocks = static_cast<int>(gridDim.x);
+    int index = round * blocks + static_cast<int>(round & 1 ? blocks - 1 - blockIdx.x : blockIdx.x);
+    int first, end;  // groups
+    if (p.right != kUnbounded) {
+        const int heads = p.batches * p.heads;
+        item.head = index % heads;
+        end = groups - index / heads * kConsumers;
+        first = max(end - kConsumers, 0);
+        if (end <= 0) return false;
+    } else {
+        const int4 plan = load_int4(map.deal);
+        int size = kConsumers;
+        if (index < plan.x) {
+            item.head = index / (groups / kConsumers);
+            first = index % (groups / kConsumers) * kConsumers;
+        } else {
+            const int4 items = load_int4(map.deal + 16);
+            index -= plan.x;
+            size = plan.w;
+            if (index < items.x) {
+                item.head = plan.y;
+                first = plan.z + index * size;
+            } else if ((index -= items.x) < items.z) {
+                item.head = plan.y + 1 + index / items.y;
+                first = index % items.y * size;
+            } else {
+                index -= items.z;
+                if (index >= plan.y * items.w) return false;
+                item.head = index / items.w;
+                first = groups / kConsumers * kConsumers + index % items.w * size;
+            }
+        }
+        end = min(first + size, groups);
+    }
+    item.row = first * kGroupRows;
+    item.groups = end - first;
     return true;
 }
 
-// Tiles of an item, never none: a block that sees no key takes one hidden tile, so that it writes its rows.
+// Tiles of an item, never none: an item that sees no key takes one hidden tile, so that its rows are written.
 __device__ __forceinline__ void item_tiles(const AttentionParams& p, const Item& item, int& begin, int& end) {
-    const int last = item.row + kBlockRows < p.queries ? item.row + kBlockRows : p.queries;
+    const int last = min(item.row + item.groups * kGroupRows, p.queries);
     const BlockRange range = block_range(p, item.row, last);
     begin = range.tile_begin < p.tiles ? range.tile_begin : p.tiles - 1;
     end = range.tile_end > begin ? range.tile_end : begin + 1;
@@ -143,7 +200,8 @@ __device__ __forceinline__ void item_tiles(const AttentionParams& p, const Item&
 // What the other warps need to know of an item, written by one thread of the producing warpgroup, so that the index
 // arithmetic costs the consumers nothing. In shared memory: for each warpgroup the 16 bytes
 //     {first tile, end of its tiles, first and end of the tiles that need no mask}      (end = 0: no item is left)
-// then {first query row, b * H + h, b * Hkv + h / group, b} and the guard.
+// with ~first where the warpgroup has no rows,
+// then {first query row, b * H + h, b * Hkv + h / group, b}, the guard, and the number of warpgroups with rows.
 constexpr int kRecordItem = 16 * kConsumers;
 constexpr int kRecordGuard = kRecordItem + 16;
 
@@ -153,18 +211,19 @@ __device__ __forceinline__ void produce_records(const AttentionParams& p, const 
         barrier_wait(map.query_empty(buffer), (round >> 1 & 1) ^ 1);
         const unsigned record = map.record(round);
         Item item = {0, 0, 0};
-        const bool more = find_item(p, round, item);
+        const bool more = find_item(p, map, round, item);
+        const int batch = item.head / p.heads;
+        const int kv_head = batch * p.kv_heads + item.head % p.heads / (p.heads / p.kv_heads);
+        store_int4(record + kRecordItem, item.row, item.head, kv_head, batch);
+        store_int4(record + kRecordGuard, __float_as_int(p.guard[kv_head]), item.groups, 0, 0);
         int begin = 0, end = 0;
-        if (more) {
-            store_int4(record + kRecordItem, item.row, item.head, item.kv_head, item.head / p.heads);
-            store_float(record + kRecordGuard, p.guard[item.kv_head]);
-            item_tiles(p, item, begin, end);
-        }
+        if (more) item_tiles(p, item, begin, end);
 #pragma unroll 1
         for (int g = 0; g < kConsumers; ++g) {
-            const int row = item.row + g * kGroupRows;
+            const int row = load_int4(record + kRecordItem).x + g * kGroupRows;  // registers are short
+            const bool idle = g >= load_int4(record + kRecordGuard).y;
             const int plain_begin = (visible_keys(p, row + kGroupRows - 1).begin + kTileKeys - 1) / kTileKeys;
-            store_int4(record + 16 * g, begin, end, plain_begin, visible_keys(p, row).end / kTileKeys);
+            store_int4(record + 16 * g, idle ? ~begin : begin, end, plain_begin, visible_keys(p, row).end / kTileKeys);
         }
         barrier_arrive(map.record_full(buffer));
         if (!more) return;
@@ -241,7 +300,7 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, const 
         const long long first = static_cast<long long>(item.y) * p.queries + item.x;
         const signed char* source = p.q + first * DP;
         const unsigned target = map.query + buffer * kQueryBytes;
-        const int rows = p.queries - item.x;
+        const int rows = min(p.queries - item.x, load_int4(map.record(round) + kRecordGuard).y * kGroupRows);
 #pragma unroll 1
         for (int c = thread; c < kBlockRows * chunks; c += kQueryLoaders) {
             const bool inside = c / chunks < rows;

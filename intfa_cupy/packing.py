@@ -10,7 +10,8 @@ K   one tile of 128 keys after the other. A row (key) of W bytes is cut into sla
 V   of one byte, a tile: transposed because 8-bit tensor-core operands run along the summed index:
     Dp rows (channels) of 128 bytes (key positions); chunk c of row r at c ^ r % 8;
     position 16h + 4q + b of a group of 32 holds key 16h + 8(b / 2) + 2q + b % 2, so that the keys
-    that a thread holds after Q K^T are the four consecutive ones that P @ V wants of it
+    that a thread holds after Q K^T are the four consecutive ones that P @ V wants of it;
+    INT8 is stored as v + 128, for P @ V then has only products that are not negative
     of two bytes: rows as they are, zero-padded to whole tiles
 
 INT4: a group of 32 channels is 16 bytes, byte c of which holds channel c below and channel 16 + c above.
@@ -30,6 +31,7 @@ from .quantized import CHANNEL_GROUP, TILE, QuantizedQKV, QuantizedTensor, pack_
 __all__ = [
     "FORMATS",
     "SCALES",
+    "V_BIAS",
     "V_SCALES",
     "key_of_position",
     "pack_k",
@@ -46,6 +48,8 @@ __all__ = [
 
 Array = Any
 _CHUNK = 16
+#: What is added to V of INT8: adding it to a byte and inverting the byte's highest bit are the same.
+V_BIAS = 128
 #: Storage formats and their numbers in cuda_src/params.cuh.
 FORMATS = {"int8": 0, "int4": 1, "fp16": 2, "e4m3": 4, "e5m2": 5}
 #: What one scale of Q or K covers, and of V, with its number there.
@@ -62,8 +66,10 @@ def padded_head_dim(D: int) -> int:
 def storage(
     fmt: str, which: str, B: int, heads: int, S: int, Dp: int
 ) -> tuple[tuple[int, ...], type[np.generic]]:
-    """Return shape and dtype of a packed operand; INT4 and FP8 are bytes."""
-    dtypes: dict[str, type[np.generic]] = {"int8": np.int8, "fp16": np.float16}
+    """Return shape and dtype of a packed operand; INT4, FP8 and V of INT8 are bytes."""
+    dtypes: dict[str, type[np.generic]] = {"fp16": np.float16}
+    if which != "v":
+        dtypes["int8"] = np.int8
     dtype = dtypes.get(fmt, np.uint8)
     width = Dp // 2 if fmt == "int4" else Dp
     if which == "q":
@@ -174,7 +180,8 @@ def pack_v(v: Array, fmt: str = "int8") -> Array:
     x = x.reshape(B, Hkv, nT, TILE, Dp)[:, :, :, key_of_position()]
     x = x.transpose(0, 1, 2, 4, 3).reshape(B, Hkv, nT, Dp, TILE // _CHUNK, _CHUNK)
     row, chunk = _swizzle(Dp, TILE // _CHUNK)
-    return x[:, :, :, row, chunk].reshape(B, Hkv, nT, Dp * TILE)
+    x = x[:, :, :, row, chunk].reshape(B, Hkv, nT, Dp * TILE)
+    return x.view(np.uint8) ^ np.uint8(V_BIAS) if fmt == "int8" else x
 
 
 def unpack_v(packed: Array, Sk: int, D: int, fmt: str = "int8") -> Array:
@@ -184,6 +191,8 @@ def unpack_v(packed: Array, Sk: int, D: int, fmt: str = "int8") -> Array:
     B, Hkv, nT, size = packed.shape
     Dp = size // TILE
     row, chunk = _swizzle(Dp, TILE // _CHUNK)
+    if fmt == "int8":
+        packed = (packed ^ np.uint8(V_BIAS)).view(np.int8)
     x = packed.reshape(B, Hkv, nT, Dp, TILE // _CHUNK, _CHUNK)[:, :, :, row, chunk]
     x = x.reshape(B, Hkv, nT, Dp, TILE).transpose(0, 1, 2, 4, 3)
     position = np.argsort(key_of_position())

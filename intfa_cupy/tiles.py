@@ -29,6 +29,8 @@ OUTPUTS = {"float16": 0, "bfloat16": 1, "float32": 2}
 K_SCALES = SCALES | {"none": SCALES["head"]}
 
 _MAX_BLOCKS = 2**31 - 1
+#: Queries of a warpgroup of attention_wgmma.cu.
+WARPGROUP_ROWS = 64
 # A block takes this much more of its multiprocessor's shared memory than it asked for.
 _RESERVED = 1024
 
@@ -88,6 +90,15 @@ class Tile:
     def entry(self) -> str:
         """str : Source file and entry of the kernel."""
         return f"attention_{self.kernel}"
+
+    @property
+    def piece(self) -> int:
+        """int : Queries of the smallest piece of work: a block's, of a persistent block a warpgroup's."""
+        return WARPGROUP_ROWS if self.persistent else self.rows
+
+    def pieces(self, problem: Problem) -> int:
+        """Return how many pieces a problem is."""
+        return problem.B * problem.H * -(-problem.Sq // self.piece)
 
     @property
     def min_blocks(self) -> int:
@@ -173,7 +184,6 @@ def _wmma_tile(recipe: Recipe, Dp: int, option: _Wmma) -> Tile:
         "INTFA_MIN_BLOCKS": option.min_blocks,
         "INTFA_SMEM": shared,
         "INTFA_P_LEVELS": recipe.p_levels,
-        "INTFA_P_SIGNED": int(recipe.p_format == "int8"),
         "INTFA_P_RUNNING": int(recipe.p_max == "running"),
         "INTFA_K_SCALE": K_SCALES[recipe.k_granularity],
         "INTFA_V_FOLDED": int(recipe.folded_v),
@@ -213,10 +223,8 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
 
 def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
     # As many warpgroups as registers allow, to fill each other's gaps; two where three would waste rows.
-    choices: tuple[int, ...] = (2,)
-    if Dp == 64 and recipe.p_max == "running":
-        choices = (3,)  # whose products do not run beside other work, which leaves registers
-    elif Dp == 64 and recipe.k_granularity == "group":
+    choices: tuple[int, ...] = (2,) if Dp == 256 else (3,)
+    if Dp == 64 and recipe.p_max == "tile" and recipe.k_granularity == "group":
         choices = (3, 2)
     return [_wgmma_tile(recipe, Dp, consumers) for consumers in choices]
 
@@ -224,10 +232,10 @@ def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
 def _wgmma_tile(recipe: Recipe, Dp: int, consumers: int) -> Tile:
     # The map of attention_wgmma.cu.
     group = recipe.k_granularity == "group"
-    stages, rows = {64: 8, 128: 4, 256: 2}[Dp], 64 * consumers
+    stages, rows = {64: 8, 128: 4, 256: 2}[Dp], WARPGROUP_ROWS * consumers
     aux = (16 if group else 4 * TILE) + (8 * TILE if recipe.folded_v else 0)
     shared = 2 * rows * (Dp + 4) + stages * (2 * TILE * Dp + aux) + 16 * Dp + 4 * (16 * consumers + 32)
-    shared += 8 * (4 * stages + 6)
+    shared += 32 + 8 * (4 * stages + 6)
     macros = {
         "DP": Dp,
         "K_SCALE": K_SCALES[recipe.k_granularity],
@@ -243,6 +251,8 @@ def _wgmma_tile(recipe: Recipe, Dp: int, consumers: int) -> Tile:
 # A row and a tile of keys take this much longer in a block of two warpgroups than of three (d = 64, an H200:
 # 1.05 to 1.10).
 _TWO_WARPGROUPS = 1.075
+# About the share of a block's time that it takes when one or two of three warpgroups work.
+_PARTLY = 0.6
 
 
 @lru_cache(maxsize=1024)
@@ -258,8 +268,14 @@ def _wgmma_fastest(tiles: tuple[Tile, ...], problem: Problem, sms: int) -> Tile:
         for block in range(0, blocks, max(1, blocks // 64)):
             begin, end = problem.key_range(block * tile.rows, min((block + 1) * tile.rows, problem.Sq))
             seen.append(max(-(-end // TILE) - begin // TILE, 1))
-        rounds = -(-problem.B * problem.H * blocks // sms)
-        weight = _TWO_WARPGROUPS if tile.rows == 128 else 1.0
+        heads, groups = problem.B * problem.H, -(-problem.Sq // tile.piece)
+        full, end = divmod(groups, tile.rows // tile.piece)
+        if problem.right >= 0:
+            rounds = float(-(-heads * blocks // sms))
+        else:  # what is left after whole rounds of full items is dealt in small ones
+            left = heads * full % sms + heads * (end > 0) * _PARTLY
+            rounds = heads * full // sms + max(left / sms, _PARTLY)
+        weight = _TWO_WARPGROUPS if tile.rows == 2 * tile.piece else 1.0
         return rounds * tile.rows * weight * sum(seen) / max(len(seen), 1)
 
     return min(tiles, key=time)
@@ -296,7 +312,9 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
         if not recipe.integer_p:
             return _with_less_memory(_Mma(fence=8, min_blocks=3))
         # The logarithms of folded V take the registers of products.
-        three = _Mma(beside=2 if recipe.folded_v else 4, query_in_registers=False, min_blocks=3)
+        three = _Mma(beside=4, query_in_registers=False, min_blocks=3)
+        if recipe.folded_v:
+            three = replace(three, beside=2, fence=8 if capability >= 120 else 0)
         four = _Mma(beside=0, fence=1 if capability < 90 else 4, query_in_registers=False, min_blocks=4)
         if recipe.p_max == "running" or capability >= 100 or (recipe.folded_v and capability < 90):
             return _with_less_memory(three)
@@ -306,7 +324,8 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
             stash = 8 if capability // 10 == 10 else 0
             return [_Mma(buffers=1, fence=8, query_in_registers=False, min_blocks=2, stash=stash)]
         fence |= int(channel_scales and capability // 10 == 10)
-        return [_Mma(beside=8, fence=fence, min_blocks=2), _Mma(buffers=1, fence=fence, min_blocks=2)]
+        one, two = (1, 2) if channel_scales and recipe.folded_v and capability < 100 else (fence, fence)
+        return [_Mma(beside=8, fence=two, min_blocks=2), _Mma(buffers=1, fence=one, min_blocks=2)]
     large = _Mma(buffers=1, beside=0, query_in_registers=False, fence=2)
     if fp8:
         return [replace(large, fence=3, stash=4)]
@@ -314,7 +333,7 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
         return [replace(large, fence=6 if recipe.q_format == "int8" else 2)]
     if channel_scales:
         if recipe.q_format == "int4":
-            return [replace(large, fence=3, stash=8)]
+            return [replace(large, fence=11, stash=8)]
         return [replace(large, fence=15, stash=8)]
     if recipe.folded_v:
         if capability >= 100:
@@ -322,8 +341,9 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
         return [large]
     if recipe.k_granularity == "token" and capability >= 120:
         return [replace(large, stash=8)]
-    group = recipe.k_granularity == "group"
-    return [replace(large, fence=0 if capability < 90 else 3 if group and capability // 10 == 10 else 2)]
+    if capability >= 100:
+        return [replace(large, fence=3 if capability // 10 == 10 else 10)]
+    return [replace(large, fence=0 if recipe.k_granularity == "group" and capability < 90 else 2)]
 
 
 def _with_less_memory(option: _Mma) -> list[_Mma]:
@@ -477,7 +497,7 @@ def find(name: str, problem: Problem, device: Device) -> tuple[Tile | None, str 
     if not tiles:
         return None, reason
     tile = _wgmma_fastest(tiles, problem, device.sms) if name == "wgmma" else tiles[0]
-    blocks = problem.B * problem.H * -(-problem.Sq // tile.rows)
+    blocks = tile.pieces(problem)
     if blocks > _MAX_BLOCKS or max(problem.Sq, problem.Sk) >= 2**30:
         return (
             None,

@@ -83,7 +83,7 @@ def attention(
     params["out"], params["lse"] = out.pointer, 0 if lse is None else lse.pointer
     for name, stride in zip(("out_batch", "out_head", "out_row", "out_channel"), strides, strict=True):
         params[name] = stride
-    row_blocks = -(-Sq // tile.rows)
+    row_blocks = -(-Sq // tile.piece)
     sizes = {
         "batches": B, "heads": H, "kv_heads": problem.Hkv, "queries": Sq, "keys": problem.Sk, "channels": D,
         "tiles": tiles_of(problem.Sk), "row_blocks": row_blocks,

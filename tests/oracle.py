@@ -55,6 +55,8 @@ def exact_given_quantized(
     counts: float = 0.5,
     floating_sum: bool = False,
     score_units: float = 0.0,
+    value_bias: float = 0.0,
+    fixed_point: bool = False,
 ) -> Exact:
     """Exact attention of dequantised tensors, and the bound on what rounding P may change.
 
@@ -70,7 +72,10 @@ def exact_given_quantized(
 
     Floating P has an error relative to e instead, and an exact denominator unless ``floating_sum``. Added to
     all is float32's share: the exponent x has an error of a few 2^-24 |x|, a relative error of each
-    probability; and ``score_units`` of what one unit of the integer score is worth.
+    probability; and ``score_units`` of what one unit of the integer score is worth. A kernel that sums
+    w P (v8 + ``value_bias``) tile by tile, and takes ``value_bias`` sum w P away, rounds both sums in
+    every tile; with ``fixed_point`` and a running maximum the first one to whole units of P v8, while
+    the denominator is at least R.
     """
     recipe, group = qkv.recipe, qkv.q.shape[1] // max(qkv.k.shape[1], 1)
     q, k, v = (
@@ -120,6 +125,13 @@ def exact_given_quantized(
         unit = np.asarray(qkv.q.scale, np.float64) * np.repeat(k_scale, group, axis=1)[..., None] * abs(scale)
         relative = relative + score_units * unit[..., None]
     out_bound += 2 * relative * (p @ np.abs(v) / total + np.abs(out)) + 1e-37
+    if value_bias and recipe.v_format == "int8":
+        step = np.broadcast_to(np.asarray(qkv.v.element_scale(), np.float64), qkv.v.shape)
+        roundings = 4 + -(-x.shape[3] // tile)
+        out_bound += 2.0**-23 * roundings * value_bias * (p @ np.repeat(step, group, axis=1)) / total
+        if fixed_point and recipe.p_max == "running":
+            largest = np.repeat(step.max(axis=2, keepdims=True, initial=0), group, axis=1)
+            out_bound += 0.5 * roundings / recipe.p_levels * largest
     lse_bound = -np.log1p(-np.minimum(denominator_error / total, 0.9999)) + relative
     lse_bound = lse_bound[..., 0] + 2.0**-22 * np.where(np.isfinite(lse), np.abs(lse), 0)
     return Exact(out, lse, out_bound, lse_bound)

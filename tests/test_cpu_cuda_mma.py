@@ -31,10 +31,11 @@ from intfa_cupy.tiles import Tile
 pytestmark = pytest.mark.skipif(cpu_cuda.unavailable() is not None, reason=str(cpu_cuda.unavailable()))
 
 R = intfa.recipes()
+RUNNING_FOLDED = Recipe(p_max="running", v_granularity="token", p_levels=100)
 RECIPES = (
     *(recipe for name, recipe in R.items() if name != "half-int8-plus"),
     Recipe(k_granularity="tile", v_granularity="head", p_levels=127),
-    Recipe(p_max="running", v_granularity="token", p_levels=100),
+    RUNNING_FOLDED,
     Recipe(q_format="int4", k_granularity="channel", v_granularity="head"),
     Recipe(k_format="int4", k_granularity="token"),
 )
@@ -166,6 +167,21 @@ def test_rows_that_see_nothing(name: str) -> None:
     module = cpu_cuda.build(**variant.request())
     out, lse = hk.attention(hk.packed_operands(qkv), problem, variant.tile, module=module)
     assert lse is not None and np.isneginf(lse[0, 0, :117]).all() and not out[0, 0, :117].any()
+    check_against_model(qkv, case, problem, out, lse, ROUNDING["mma"])
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rising"])
+@pytest.mark.parametrize(
+    "recipe", [R["int8"], R["int8-fast"], R["paper-int8"], RUNNING_FOLDED], ids=lambda r: r.name
+)
+def test_sums_follow_the_reference(recipe: Recipe, distribution: str) -> None:
+    """Whether it moves little or far: O, which holds 128 sums of P too many, and the sums go with it."""
+    variant = next(v for v in variants() if v.recipe == recipe and v.Dp == 64 and v.tile.masked)
+    case = sts.Case(B=1, H=1, Hkv=1, Sq=20, Sk=3 * 128 + 5, D=64, distribution=distribution)
+    problem = case.problem(recipe, out_dtype=variant.out_dtype)
+    qkv = quantize_numpy(*case.logical(), recipe)
+    out, lse = hk.attention(hk.packed_operands(qkv), problem, variant.tile, module=module_of(variant))
+    assert lse is not None
     check_against_model(qkv, case, problem, out, lse, ROUNDING["mma"])
 
 

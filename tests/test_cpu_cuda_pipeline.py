@@ -259,6 +259,16 @@ def test_empty_calls(Sq: int, Sk: int) -> None:
         assert lse.shape == (2, 2, Sq) and np.isneginf(lse.get()).all()
 
 
+@pytest.mark.parametrize("recipe", [R["int8"], R["fp16"]], ids=lambda r: r.name)
+def test_without_query_heads_all_is_zero(recipe: Recipe) -> None:
+    """No kernel runs, and what it would have written is not left to chance."""
+    q, k = np.ones((1, 0, 5, 16), np.float16), np.ones((1, 2, 7, 16), np.float16)
+    with fake_cupy.installed() as cupy:
+        qkv = packing.to_host(intfa.quantize_qkv(*map(cupy.asarray, (q, k, k)), recipe=recipe))
+    for t in (qkv.k, qkv.v):
+        assert t.shape == k.shape and not t.numbers().any()
+
+
 def test_smaller_devices_get_smaller_tiles() -> None:
     """A device with Turing's 64 KiB of shared memory takes other tiles, with the same result."""
     variant = WHOLE_CALLS[1]

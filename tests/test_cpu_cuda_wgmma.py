@@ -64,7 +64,7 @@ class Variant:
     def __repr__(self) -> str:
         r = self.recipe
         recipe = r.name if r.name != "custom" else f"{r.p_max}-{r.k_granularity}-{r.v_granularity}"
-        options = "-two" * (self.tile.rows == 128 and self.Dp == 64) + "-pairs" * self.pairs
+        options = "-two" * (self.tile.rows == 128 and self.Dp < 256) + "-pairs" * self.pairs
         options += "-unmasked" * (not self.tile.masked)
         return f"{recipe}-{self.Dp}-{self.out_dtype}{options}"
 
@@ -110,7 +110,7 @@ WAITS = (
     "barrier_wait(map.value_empty",
     "barrier_wait(map.value_full",
     "wgmma_wait<0>(product",
-    "wgmma_wait<1>(a",
+    "wgmma_wait<1>(s",
 )
 
 

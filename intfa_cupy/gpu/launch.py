@@ -34,8 +34,7 @@ class _Launch:
     """A kernel on the current device with all that follows from the problem filled in."""
 
     def __init__(self, problem: Problem, tile: Tile, out_dtype: str, pairs: bool) -> None:
-        p, row_blocks = problem, -(-problem.Sq // tile.rows)
-        blocks = p.B * p.H * row_blocks
+        p, blocks = problem, tile.pieces(problem)
         self.kernel = devices.kernel(
             tile.entry,
             tile.entry,
@@ -48,7 +47,7 @@ class _Launch:
         self.shared_memory = tile.shared_memory
         self.tail = struct.pack(
             "<10i2f",
-            p.B, p.H, p.Hkv, p.Sq, p.Sk, p.D, tiles_of(p.Sk), row_blocks,
+            p.B, p.H, p.Hkv, p.Sq, p.Sk, p.D, tiles_of(p.Sk), -(-p.Sq // tile.piece),
             p.left if 0 <= p.left < _UNBOUNDED else _UNBOUNDED,
             p.right if 0 <= p.right < _UNBOUNDED else _UNBOUNDED,
             p.scale, p.scale * _LOG2E,

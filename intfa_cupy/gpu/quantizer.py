@@ -71,6 +71,7 @@ class Quantizer:
         self.result = Arena(*_results(p, Dp, tiles))
         self.scratch = Arena(*_scratch(p, Dp, q_chunks, k_chunks))
         self.empty = not (query_heads and p.Sk)
+        self.zero_value = packing.V_BIAS if recipe.v_format == "int8" else 0  # how V's 0 is stored
         self.places = [(self.result.offset(name), self.scratch.offset(name)) for name in _POINTERS]
         self.operands = [self.result.offset(name) for name in OPERANDS]
         self.sizes = struct.pack("<9i", p.B, p.H, p.Hkv, p.Sq, p.Sk, p.D, tiles, q_chunks, k_chunks)
@@ -123,8 +124,8 @@ class Quantizer:
         """Return the packed operands by the names of struct QuantizeParams."""
         made = self.result.arrays(memory)
         if self.empty:  # nothing was launched, nor will be
-            for x in made.values():
-                x.fill(0)
+            for name, x in made.items():
+                x.fill(self.zero_value if name == "v8" else 0)
         return made
 
 

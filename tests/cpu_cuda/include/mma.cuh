@@ -83,9 +83,9 @@ inline void mma_s8s8(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, co
     });
 }
 
-inline void mma_u8s8(int (&d)[4], const uint32* a, uint32 b0, uint32 b1, const int (&c)[4]) {
+inline void mma_u8u8(int (&d)[4], const uint32* a, uint32 b0, uint32 b1, const int (&c)[4]) {
     multiply<8>(d, a, b0, b1, c, [](int sum, uint32 x, uint32 y) {
-        return sum + static_cast<int>(x) * static_cast<signed char>(y);
+        return sum + static_cast<int>(x * y);
     });
 }
 

@@ -96,18 +96,18 @@ inline void read_a(Row (&a)[2], const unsigned* words) {
     }
 }
 
-template <class A>
+template <class A, class B>
 __attribute__((no_sanitize("thread"))) inline int dot(const Row& a, const Row& b, int sum) {
     A x[32];
-    signed char y[32];
+    B y[32];
     __builtin_memcpy(x, &a, sizeof x);
     __builtin_memcpy(y, &b, sizeof y);
     for (int k = 0; k < 32; ++k) sum += x[k] * y[k];
     return sum;
 }
 
-// acc = A B, or +=: 64 rows, 2 n columns, 32 deep. A: the type of A's elements; Source: where they are.
-template <class A, int n, class Source>
+// acc = A B, or +=: 64 rows, 2 n columns, 32 deep. A, B: the types of their elements; Source: where A's are.
+template <class A, class B, int n, class Source>
 inline void multiply(int (&acc)[n], Source source, unsigned long long b, bool add) {
     Row a[2];
     read_a(a, source);
@@ -116,30 +116,31 @@ inline void multiply(int (&acc)[n], Source source, unsigned long long b, bool ad
             const Row column = read_row(b, 2 * i + threadIdx.x % 4 * 2 + c);
             for (unsigned r = 0; r < 2; ++r) {
                 int& sum = acc[i + 2 * r + c];
-                sum = dot<A>(a[r], column, add ? sum : 0);
+                sum = dot<A, B>(a[r], column, add ? sum : 0);
             }
         }
 }
 
-template <class A, int n, class Source>
+template <class A, class B, int n, class Source>
 inline void issue(int (&acc)[n], Source source, unsigned long long b, bool add, cpu_cuda::Site site) {
     const Issuer& me = issuers[threadIdx.x];
     if (!me.fenced) cpu_cuda::trap("a product without a fence before it", site);
     // Until the wait, a product that does not add leaves nothing of use in its registers.
     if (!add)
         for (int& x : acc) x = kNothing;
-    cpu_cuda::start(me.key(me.committed), nullptr, 0, [&acc, source, b, add] { multiply<A>(acc, source, b, add); });
+    cpu_cuda::start(me.key(me.committed), nullptr, 0,
+                    [&acc, source, b, add] { multiply<A, B>(acc, source, b, add); });
 }
 
 template <int n>
 inline void wgmma_s8s8(int (&acc)[n], unsigned long long a, unsigned long long b, bool add,
                        cpu_cuda::Site site = cpu_cuda::Site::here()) {
-    issue<signed char>(acc, a, b, add, site);
+    issue<signed char, signed char>(acc, a, b, add, site);
 }
 template <int n>
-inline void wgmma_u8s8(int (&acc)[n], const unsigned* a, unsigned long long b, bool add,
+inline void wgmma_u8u8(int (&acc)[n], const unsigned* a, unsigned long long b, bool add,
                        cpu_cuda::Site site = cpu_cuda::Site::here()) {
-    issue<unsigned char>(acc, a, b, add, site);
+    issue<unsigned char, unsigned char>(acc, a, b, add, site);
 }
 
 }  // namespace intfa
