@@ -194,6 +194,20 @@ def test_a_block_takes_many_items(variant: Variant, Sk: int) -> None:
     check_on_schedules(quantize_numpy(*case.logical(), variant.recipe), case, variant, (2, 3))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("variant", [v for v in ANY if v.Dp < 256 and v.recipe in R.values()], ids=repr)
+def test_the_grid_changes_no_bit(variant: Variant, is_causal: bool) -> None:
+    """What is left after whole rounds is dealt in items of one to three groups of 64 rows, by the grid."""
+    case = sts.Case(B=1, H=3, Hkv=1, Sq=5 * 64 - 9, Sk=300, D=variant.Dp - 24, is_causal=is_causal)
+    qkv = quantize_numpy(*case.logical(), variant.recipe)
+    problem = variant.problem(case)
+    runs = [run(qkv, problem, variant, 2, "late", blocks=blocks) for blocks in (1, 2, 5, 9, 15)]
+    for other in runs[1:]:
+        for one, two in zip(runs[0], other, strict=True):
+            assert one.tobytes() == two.tobytes()
+    check_against_model(qkv, case, problem, *runs[0], ROUNDING["wgmma"])
+
+
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.Dp == 256 and v.tile.masked], ids=repr)
 def test_a_stage_is_not_read_once_given_back(variant: Variant) -> None:
     """Schedules under which the next scales of K arrived before a new item's rows had read their own."""
