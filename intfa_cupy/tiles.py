@@ -251,8 +251,6 @@ def _wgmma_tile(recipe: Recipe, Dp: int, consumers: int) -> Tile:
 # A row and a tile of keys take this much longer in a block of two warpgroups than of three (d = 64, an H200:
 # 1.05 to 1.10).
 _TWO_WARPGROUPS = 1.075
-# About the share of a block's time that it takes when one or two of three warpgroups work.
-_PARTLY = 0.6
 
 
 @lru_cache(maxsize=1024)
@@ -269,12 +267,13 @@ def _wgmma_fastest(tiles: tuple[Tile, ...], problem: Problem, sms: int) -> Tile:
             begin, end = problem.key_range(block * tile.rows, min((block + 1) * tile.rows, problem.Sq))
             seen.append(max(-(-end // TILE) - begin // TILE, 1))
         heads, groups = problem.B * problem.H, -(-problem.Sq // tile.piece)
-        full, end = divmod(groups, tile.rows // tile.piece)
+        size = tile.rows // tile.piece
+        full, end = divmod(groups, size)
         if problem.right >= 0:
             rounds = float(-(-heads * blocks // sms))
-        else:  # what is left after whole rounds of full items is dealt in small ones
-            left = heads * full % sms + heads * (end > 0) * _PARTLY
-            rounds = heads * full // sms + max(left / sms, _PARTLY)
+        else:  # what whole rounds of full items leave is dealt in small ones, which take more than their share
+            left = heads * full % sms + heads * (end > 0) * (1 + end) / (1 + size)
+            rounds = heads * full // sms + max(left / sms, 2 / (1 + size) if left else 0)
         weight = _TWO_WARPGROUPS if tile.rows == 2 * tile.piece else 1.0
         return rounds * tile.rows * weight * sum(seen) / max(len(seen), 1)
 
