@@ -271,7 +271,7 @@ def _wgmma_fastest(tiles: tuple[Tile, ...], problem: Problem, sms: int) -> Tile:
         full, end = divmod(groups, size)
         if problem.right >= 0:
             rounds = float(-(-heads * blocks // sms))
-        else:  # what whole rounds of full items leave is dealt in small ones, which take more than their share
+        else:  # what whole rounds of full items leave is dealt in small ones, which cost more than their rows
             left = heads * full % sms + heads * (end > 0) * (1 + end) / (1 + size)
             rounds = heads * full // sms + max(left / sms, 2 / (1 + size) if left else 0)
         weight = _TWO_WARPGROUPS if tile.rows == 2 * tile.piece else 1.0
