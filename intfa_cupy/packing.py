@@ -67,9 +67,8 @@ def storage(
     fmt: str, which: str, B: int, heads: int, S: int, Dp: int
 ) -> tuple[tuple[int, ...], type[np.generic]]:
     """Return shape and dtype of a packed operand; INT4, FP8 and V of INT8 are bytes."""
-    dtypes: dict[str, type[np.generic]] = {"fp16": np.float16}
-    if which != "v":
-        dtypes["int8"] = np.int8
+    integer = np.uint8 if which == "v" else np.int8
+    dtypes: dict[str, type[np.generic]] = {"int8": integer, "fp16": np.float16}
     dtype = dtypes.get(fmt, np.uint8)
     width = Dp // 2 if fmt == "int4" else Dp
     if which == "q":

@@ -30,7 +30,7 @@ K_SCALES = SCALES | {"none": SCALES["head"]}
 
 _MAX_BLOCKS = 2**31 - 1
 #: Queries of a warpgroup of attention_wgmma.cu.
-WARPGROUP_ROWS = 64
+_WARPGROUP_ROWS = 64
 # A block takes this much more of its multiprocessor's shared memory than it asked for.
 _RESERVED = 1024
 
@@ -94,7 +94,7 @@ class Tile:
     @property
     def piece(self) -> int:
         """int : Queries of the smallest piece of work: a block's, of a persistent block a warpgroup's."""
-        return WARPGROUP_ROWS if self.persistent else self.rows
+        return _WARPGROUP_ROWS if self.persistent else self.rows
 
     def pieces(self, problem: Problem) -> int:
         """Return how many pieces a problem is."""
@@ -232,7 +232,7 @@ def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
 def _wgmma_tile(recipe: Recipe, Dp: int, consumers: int) -> Tile:
     # The map of attention_wgmma.cu.
     group = recipe.k_granularity == "group"
-    stages, rows = {64: 8, 128: 4, 256: 2}[Dp], WARPGROUP_ROWS * consumers
+    stages, rows = {64: 8, 128: 4, 256: 2}[Dp], _WARPGROUP_ROWS * consumers
     aux = (16 if group else 4 * TILE) + (8 * TILE if recipe.folded_v else 0)
     shared = 2 * rows * (Dp + 4) + stages * (2 * TILE * Dp + aux) + 16 * Dp + 4 * (16 * consumers + 32)
     shared += 32 + 8 * (4 * stages + 6)
@@ -248,8 +248,8 @@ def _wgmma_tile(recipe: Recipe, Dp: int, consumers: int) -> Tile:
     return Tile("wgmma", rows, 128 * (1 + consumers), shared, tuple(macros.items()), persistent=True)
 
 
-# A row and a tile of keys take this much longer in a block of two warpgroups than of three (d = 64, an H200:
-# 1.05 to 1.10).
+# A row and a tile of keys take this much longer in a block of two warpgroups than of three: between 1.04, under a
+# causal mask, and 1.15 (d = 64, 16k keys, an H200).
 _TWO_WARPGROUPS = 1.075
 
 

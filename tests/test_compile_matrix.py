@@ -136,10 +136,10 @@ def test_every_architecture_has_a_kernel_for_every_recipe_and_head_dimension() -
     ],
 )
 def test_hopper_takes_the_block_that_wastes_few_rows(N: int, right: int, rows: int) -> None:
-    """At d = 64: few queries; and 16,384 tokens on an H200, where each was measured to be the faster."""
+    """At d = 64: few queries; and 16,384 tokens, at 1k, 4k and 16k the faster on an H200, or as fast."""
     device = tiles.Device("H200", 90, 132, 227 * 1024)
-    for D, name, expected in ((64, "int8-fast", rows), (64, "int8", 192), (64, "paper-int8", 192)):
-        problem = Problem(max(1, 16384 // max(N, 1)), 32, 32, N, N, D, R[name], right=right)
+    for name, expected in (("int8-fast", rows), ("int8", 192), ("paper-int8", 192)):
+        problem = Problem(max(1, 16384 // max(N, 1)), 32, 32, N, N, 64, R[name], right=right)
         tile, reason = tiles.find("wgmma", problem, device)
         assert reason is None and tile is not None and tile.rows == expected, (name, tile)
 
