@@ -248,8 +248,8 @@ def _wgmma_tile(recipe: Recipe, Dp: int, consumers: int) -> Tile:
     return Tile("wgmma", rows, 128 * (1 + consumers), shared, tuple(macros.items()), persistent=True)
 
 
-# A row and a tile of keys take this much longer in a block of two warpgroups than of three: between 1.04, under a
-# causal mask, and 1.15 (d = 64, 16k keys, an H200).
+# A row and a tile of keys take this much longer in a block of two warpgroups than of three: between 1.04,
+# under a causal mask, and 1.15 (d = 64, 16k keys, an H200).
 _TWO_WARPGROUPS = 1.075
 
 
