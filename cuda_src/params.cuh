@@ -54,7 +54,7 @@ struct AttentionParams {
     const float* v_scale;     // (B, Hkv, Dp)
     const float* v_fold;      // (B, Hkv, nT * 128) pairs {log2(sv / head), head / sv}, or null
     const float* guard;       // (B, Hkv): 0, or NaN where a key or value is not finite
-    const float* lse_shift;   // (B, H, Sq): q . mean(K), or null when K was not smoothed
+    const float* lse_shift;   // (B, H, Sq): q . mean(K), or null when K was not smoothed or lse is null
     void* out;                // (B, H, Sq, D) at the strides below
     float* lse;               // (B, H, Sq) contiguous, or null
     long long out_batch;      // strides of out in elements
@@ -103,7 +103,7 @@ struct QuantizeParams {
     void* q8;
     float* q_scale;
     float* q_head_scale;      // (B, H) where Q has a scale per head, or null
-    float* lse_shift;
+    float* lse_shift;         // or null where nobody wants the log-sum-exp
     void* k8;
     float* k_scale;
     void* v8;

@@ -1,6 +1,6 @@
 // Quantisation of Q, K and V into the packed format that every attention kernel reads (intfa_cupy/packing.py).
 //
-// Three launches, or four, each one pass over memory; only what the recipe asks for is compiled in:
+// Three launches, or four, each one pass over memory; only what the recipe and the caller ask for is compiled in:
 //   quantize_statistics   reads K (sum, range per channel), Q (range per channel) and V (range per channel, or per
 //                         key), and leaves a partial result per chunk of rows
 //   quantize_finish       one block per key/value head puts the partial results together, in a fixed order: K's mean,

@@ -141,7 +141,7 @@ __device__ __forceinline__ void pack_queries(const QuantizeParams& p, int head, 
         const int row = row0 + step * kPackRows;
         const bool inside = row < p.queries;
         const int64 place = int64(head) * p.queries + row;
-        if (kSmooth) {
+        if (kLseShift) {
             float dot = 0.0f;
             factors.each(factors.mean, part, [&](int i, float m) { dot = fmaf(x[i], m, dot); });
             dot = row_sum(dot);

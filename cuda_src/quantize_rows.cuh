@@ -242,14 +242,14 @@ struct Factors {
     float* mean;
     float* factor;
 
-    // For all threads of a block at once. inverse: K's factors, 1 / c
-    __device__ __forceinline__ Factors(const QuantizeParams& p, int kv_head, bool inverse, float* shared)
+    // For all threads of a block at once. of_keys: with 1 / c as the factors
+    __device__ __forceinline__ Factors(const QuantizeParams& p, int kv_head, bool of_keys, float* shared)
         : mean(shared), factor(shared + kParts * kStride) {
         if (!(kSmooth || kEqualize)) return;
         for (int t = threadIdx.x; t < Dp; t += blockDim.x) {
             const int place = t % kHalfRow / 16 * kStride + t / kHalfRow * 16 + t % 16;
-            if (kSmooth) mean[place] = p.k_mean[int64(kv_head) * Dp + t];
-            if (kEqualize) factor[place] = p.equalizer[int64(kv_head) * (2 * Dp) + (inverse ? Dp : 0) + t];
+            if (kSmooth && (of_keys || kLseShift)) mean[place] = p.k_mean[int64(kv_head) * Dp + t];
+            if (kEqualize) factor[place] = p.equalizer[int64(kv_head) * (2 * Dp) + (of_keys ? Dp : 0) + t];
         }
         __syncthreads();
     }

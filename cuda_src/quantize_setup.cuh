@@ -12,6 +12,7 @@ constexpr int kInput = INTFA_IN;             // element type of q, k and v
 constexpr bool kSmooth = INTFA_SMOOTH;       // subtract K's mean
 constexpr bool kEqualize = INTFA_EQUALIZE;   // multiply Q and divide K by a factor per channel
 constexpr bool kHadamard = INTFA_HADAMARD;   // rotate Q and K
+constexpr bool kLseShift = INTFA_LSE_SHIFT;  // q . mean(K), where K is smoothed and somebody wants the log-sum-exp
 constexpr int kQueryFormat = INTFA_Q_FORMAT;
 constexpr int kKeyFormat = INTFA_K_FORMAT;
 constexpr int kValueFormat = INTFA_V_FORMAT;
@@ -54,6 +55,7 @@ constexpr int kTransposeStride = kTileKeys / 4 + 1;  // words per channel of the
 
 static_assert(D <= Dp && (Dp == 64 || Dp == 128 || Dp == 256), "the head dimension is padded to 64, 128 or 256");
 static_assert(kPackRows == 64 && kValueSlots == 16, "a block packs a tile in two steps");
+static_assert(kSmooth || !kLseShift, "there is a mean of K where it is smoothed");
 static_assert(!kHeldTile || kKeyFormat == kInt8, "only int8 keys share scales");
 
 constexpr float kSmallest = 1e-30f;          // least range that a scale is made for

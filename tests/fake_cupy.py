@@ -176,9 +176,9 @@ def _request(source: str, defines: Mapping[str, Any]) -> dict[str, Any]:
     return {"source": path, "defines": dict(sorted(defines.items())), "entries": tuple(kernels)}
 
 
-def quantizer_request(recipe: Recipe, D: int, dtype: str) -> dict[str, Any]:
-    """What to build for a call of quantize_qkv."""
-    return _request("quantize", gpu.quantizer_defines(recipe, D, dtype))
+def quantizer_request(recipe: Recipe, D: int, dtype: str, lse_shift: bool = True) -> dict[str, Any]:
+    """What to build for a call of quantize_qkv, or of attention with `lse_shift` as it has `return_lse`."""
+    return _request("quantize", gpu.quantizer_defines(recipe, D, dtype, lse_shift))
 
 
 def attention_request(recipe: Recipe, D: int, dtype: str) -> dict[str, Any]:

@@ -159,7 +159,8 @@ def compilations() -> list[tuple[str, dict[str, int]]]:
                     add(tile.entry, tile.defines(dtype, pairs))
                     quantized.add((recipe, D, dtype))
     for recipe, D, dtype in quantized:
-        add("quantize", gpu.quantizer_defines(recipe, D, dtype))
+        for lse_shift in (True, False):
+            add("quantize", gpu.quantizer_defines(recipe, D, dtype, lse_shift))
     return list(found.values())
 
 

@@ -79,6 +79,8 @@ def quantizer_jobs() -> Iterator[Job]:
         for name, D, dtype in cases + (others if arch in ALL_RECIPES_ON else []):
             defines = gpu.quantizer_defines(R[name], D, dtype)
             yield Job("quantize", arch, f"{name} d={D} {dtype}", tuple(defines.items()))
+        lean = gpu.quantizer_defines(R["int8"], 128, "float16", lse_shift=False)
+        yield Job("quantize", arch, "int8 d=128 float16 without lse", tuple(lean.items()))
 
 
 def compile_all(jobs: Iterable[Job]) -> list[tuple[Job, jit.CompileReport]]:

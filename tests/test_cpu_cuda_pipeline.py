@@ -23,6 +23,8 @@ from rounding import FP8, fp8_edges, unscaled
 import intfa_cupy as intfa
 from intfa_cupy import QuantizedQKV, QuantizedTensor, Recipe, dispatch, gpu, model, packing
 from intfa_cupy.gpu import transfer
+from intfa_cupy.gpu.quantizer import quantizer
+from intfa_cupy.gpu.views import view
 from intfa_cupy.quantize import head_statistics, quantize_numpy
 
 pytestmark = pytest.mark.skipif(cpu_cuda.unavailable() is not None, reason=str(cpu_cuda.unavailable()))
@@ -88,6 +90,7 @@ def build_all_kernels() -> None:
     """Compile on all cores; the tests then find the libraries in the cache."""
     cpu_cuda.build_all(
         [fake_cupy.quantizer_request(v.recipe, v.D, v.dtype) for v in VARIANTS]
+        + [fake_cupy.quantizer_request(v.recipe, v.D, v.dtype, lse_shift=False) for v in WHOLE_CALLS]
         + [fake_cupy.attention_request(v.recipe, v.D, v.dtype) for v in WHOLE_CALLS]
     )
 
@@ -230,6 +233,33 @@ def test_whole_call(data: st.DataObject, variant: Variant) -> None:
             np.testing.assert_array_equal(target.get(), out.get())
         out, lse = case.logical_again(out.get()), lse.get().reshape(case.B, case.H, case.Sq)
     check_against_model(qkv, case, case.problem(variant.recipe), out, lse)
+
+
+@pytest.mark.parametrize("variant", WHOLE_CALLS, ids=repr)
+def test_without_lse_the_quantizer_leaves_its_shift_out(variant: Variant) -> None:
+    """A quantiser of its own, with the same bits otherwise, whichever call of a plan came first."""
+    case = sts.Case(H=4, Hkv=2, Sq=150, Sk=300, D=variant.D, dtype=variant.dtype)
+    recipe, kernel = variant.recipe, {"recipe": variant.recipe, "backend": "wmma"}
+    with fake_cupy.installed():
+        arrays = [fake_cupy.asarray(x) for x in case.logical()]
+        out = intfa.attention(*arrays, **kernel)
+        other, lse = intfa.attention(*arrays, **kernel, return_lse=True)
+        assert out.get().tobytes() == other.get().tobytes()
+
+        plan = intfa.explain(*arrays, **kernel)
+        views = [view(x, "bhsd") for x in arrays]
+        lean, full = (quantizer(plan, variant.dtype, lse_shift) for lse_shift in (False, True))
+        made, wanted = (
+            {name: x.get() for name, x in one.arrays(one(*views)).items()} for one in (lean, full)
+        )
+        assert set(wanted) - set(made) == ({"lse_shift"} if recipe.smooth_k else set())
+        for name in made:
+            assert made[name].tobytes() == wanted[name].tobytes(), name
+        # The containers have it, though the same plan serves the attention without.
+        qkv = gpu.quantize(*arrays, plan)
+        assert (qkv.lse_shift is not None) == recipe.smooth_k
+        again, again_lse = intfa.attention_quantized(qkv, backend="wmma", return_lse=True)
+    assert again.get().tobytes() == out.get().tobytes() and again_lse.get().tobytes() == lse.get().tobytes()
 
 
 @pytest.mark.parametrize("variant", WHOLE_CALLS, ids=repr)

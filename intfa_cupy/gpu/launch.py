@@ -165,7 +165,7 @@ def attention(
             _fill_empty(as_cupy(result), lse)
         elif problem.B * problem.H * problem.Sq:
             views = view(q, layout), view(k, layout), view(v, layout)
-            prepared = quantizer(plan, views[0].dtype)
+            prepared = quantizer(plan, views[0].dtype, problem.return_lse)
             memory = prepared(*views)
             base = memory.ptr
             operands = struct.pack("<9Q", *[0 if at is None else base + at for at in prepared.operands])

@@ -28,8 +28,8 @@ _STATISTICS_STEPS = 16
 _FINISH_THREADS = 1024
 
 
-def quantizer_defines(recipe: Recipe, D: int, dtype: str) -> dict[str, int]:
-    """Return the macros of quantize.cu."""
+def quantizer_defines(recipe: Recipe, D: int, dtype: str, lse_shift: bool = True) -> dict[str, int]:
+    """Return the macros of quantize.cu; `lse_shift` as for :class:`Quantizer`."""
     return {
         "INTFA_D": D,
         "INTFA_DP": packing.padded_head_dim(D),
@@ -37,6 +37,7 @@ def quantizer_defines(recipe: Recipe, D: int, dtype: str) -> dict[str, int]:
         "INTFA_SMOOTH": int(recipe.smooth_k),
         "INTFA_EQUALIZE": int(recipe.equalize),
         "INTFA_HADAMARD": int(recipe.hadamard),
+        "INTFA_LSE_SHIFT": int(recipe.smooth_k and lse_shift),
         "INTFA_Q_FORMAT": packing.FORMATS[recipe.q_format],
         "INTFA_K_FORMAT": packing.FORMATS[recipe.k_format],
         "INTFA_V_FORMAT": packing.FORMATS[recipe.v_format],
@@ -59,16 +60,18 @@ class Quantizer:
     problem : Problem
     dtype : str
         The inputs'.
+    lse_shift : bool
+        Whether to work out what corrects the log-sum-exp for smoothed K, which nothing else needs.
     """
 
-    def __init__(self, problem: Problem, dtype: str) -> None:
+    def __init__(self, problem: Problem, dtype: str, lse_shift: bool = True) -> None:
         p, recipe = problem, problem.recipe
         Dp, tiles = packing.padded_head_dim(p.D), tiles_of(p.Sk)
         lanes = Dp // 8
         chunk = _STATISTICS_THREADS // lanes * _STATISTICS_STEPS
         q_chunks, k_chunks = -(-p.Sq // chunk), -(-p.Sk // chunk)
         key_heads, query_heads = p.B * p.Hkv, p.B * p.H
-        self.result = Arena(*_results(p, Dp, tiles))
+        self.result = Arena(*_results(p, Dp, tiles, lse_shift))
         self.scratch = Arena(*_scratch(p, Dp, q_chunks, k_chunks))
         self.empty = not (query_heads and p.Sk)
         self.zero_value = packing.V_BIAS if recipe.v_format == "int8" else 0  # how V's 0 is stored
@@ -92,9 +95,9 @@ class Quantizer:
             launches.insert(2, ("ranges", key_heads * tiles + query_heads * q_tiles, 2 * Dp, pack_memory))
 
         def defines() -> dict[str, int]:
-            return quantizer_defines(recipe, p.D, dtype)
+            return quantizer_defines(recipe, p.D, dtype, lse_shift)
 
-        key = (recipe, p.D, dtype)
+        key = (recipe, p.D, dtype, lse_shift)
         self.launches = [
             (devices.kernel("quantize", f"quantize_{entry}", key, defines), (grid,), (block,), smem)
             for entry, grid, block, smem in launches
@@ -129,7 +132,7 @@ class Quantizer:
         return made
 
 
-def _results(p: Problem, Dp: int, tiles: int) -> list[tuple[str, tuple[int, ...], Any]]:
+def _results(p: Problem, Dp: int, tiles: int, lse_shift: bool) -> list[tuple[str, tuple[int, ...], Any]]:
     """What the kernels leave behind."""
     recipe, f32 = p.recipe, np.float32
     B, H, Hkv, Sq = p.B, p.H, p.Hkv, p.Sq
@@ -157,7 +160,9 @@ def _results(p: Problem, Dp: int, tiles: int) -> list[tuple[str, tuple[int, ...]
     if recipe.folded_v:
         results += [("v_fold", (B, Hkv, tiles * TILE, 2), f32), ("v_token", (B, Hkv, tiles * TILE), f32)]
     if recipe.smooth_k:
-        results += [("lse_shift", (B, H, Sq), f32), ("k_mean", (B, Hkv, Dp), f32)]
+        results += [("k_mean", (B, Hkv, Dp), f32)]
+        if lse_shift:
+            results += [("lse_shift", (B, H, Sq), f32)]
     if recipe.equalize:
         results += [("equalizer", (B, Hkv, 2, Dp), f32)]
     return results
@@ -182,12 +187,12 @@ def _scratch(p: Problem, Dp: int, q_chunks: int, k_chunks: int) -> list[tuple[st
     return scratch
 
 
-def quantizer(plan: Plan, dtype: str) -> Quantizer:
+def quantizer(plan: Plan, dtype: str, lse_shift: bool = True) -> Quantizer:
     """Return a plan's quantiser on the current device, made at the first request."""
-    key = ("quantizer", devices.current(), dtype)
+    key = ("quantizer", devices.current(), dtype, lse_shift)
     found: Quantizer | None = plan.prepared.get(key)
     if found is None:
-        found = plan.prepared[key] = Quantizer(plan.problem, dtype)
+        found = plan.prepared[key] = Quantizer(plan.problem, dtype, lse_shift)
     return found
 
 
