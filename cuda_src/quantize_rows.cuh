@@ -155,7 +155,8 @@ __device__ __forceinline__ float inverse_sqrt(int power_of_two) {
 }
 
 // Butterflies between channels i and i ^ h, h = 1, 2, 4, .. within each block: the lower becomes a + b, the upper
-// a - b. h below 16 and the largest are between elements of a part, the others between lanes.
+// a - b. h below 16 and the largest are between elements of a part, the others between lanes. Not normalised: that is
+// among the factors which came before.
 __device__ __forceinline__ void rotate(float (&x)[kPart], int part) {
     const int sizes[2] = {block_size(channel_of(part, 0)), block_size(channel_of(part, 16))};
     const auto size = [&](int i) { return D % 16 == 0 ? sizes[i / 16] : block_size(channel_of(part, i)); };
@@ -189,8 +190,6 @@ __device__ __forceinline__ void rotate(float (&x)[kPart], int part) {
             x[i + 16] = a - b;
         }
     }
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) x[i] = mul_rn(x[i], inverse_sqrt(size(i)));
 }
 
 // Over the lanes that hold a row.
@@ -234,8 +233,8 @@ __device__ __forceinline__ Ranges ranges_of(const float (&x)[kPart], int scale) 
 
 // --- preparation of Q and K --------------------------------------------------------------------------------------
 
-// K's mean and the factors of a head, in shared memory in the order of parts. Padded, so that lanes of different parts
-// read different banks.
+// K's mean and the factors of a head, those of the channels times the rotation's normalisation, in shared memory in the
+// order of parts. Padded, so that lanes of different parts read different banks.
 struct Factors {
     static constexpr int kStride = kPart + 4;
     static constexpr int kFloats = 2 * kParts * kStride;
@@ -245,11 +244,13 @@ struct Factors {
     // For all threads of a block at once. of_keys: with 1 / c as the factors
     __device__ __forceinline__ Factors(const QuantizeParams& p, int kv_head, bool of_keys, float* shared)
         : mean(shared), factor(shared + kParts * kStride) {
-        if (!(kSmooth || kEqualize)) return;
+        if (!kPrepared) return;
         for (int t = threadIdx.x; t < Dp; t += blockDim.x) {
             const int place = t % kHalfRow / 16 * kStride + t / kHalfRow * 16 + t % 16;
             if (kSmooth && (of_keys || kLseShift)) mean[place] = p.k_mean[int64(kv_head) * Dp + t];
-            if (kEqualize) factor[place] = p.equalizer[int64(kv_head) * (2 * Dp) + (of_keys ? Dp : 0) + t];
+            float c = kEqualize ? p.equalizer[int64(kv_head) * (2 * Dp) + (of_keys ? Dp : 0) + t] : 1.0f;
+            if (kHadamard) c = mul_rn(c, inverse_sqrt(block_size(t)));
+            factor[place] = c;
         }
         __syncthreads();
     }
@@ -268,7 +269,7 @@ struct Factors {
     }
 
     __device__ __forceinline__ void prepare(float (&x)[kPart], int part) const {
-        if (kEqualize) each(factor, part, [&](int i, float c) { x[i] = mul_rn(x[i], c); });
+        if (kEqualize || kHadamard) each(factor, part, [&](int i, float c) { x[i] = mul_rn(x[i], c); });
         if (kHadamard) rotate(x, part);
     }
 

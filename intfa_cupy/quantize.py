@@ -36,11 +36,15 @@ def hadamard_blocks(D: int) -> list[int]:
     return [1 << bit for bit in range(D.bit_length() - 1, -1, -1) if D >> bit & 1]
 
 
-def rotate(x: np.ndarray) -> np.ndarray:
-    """Return x (S, D) times an orthonormal Hadamard matrix, block-diagonal where D is not a power of two.
+def _normalization(D: int) -> np.ndarray:
+    """Return what makes the butterflies orthonormal: 1 / sqrt of the size of each channel's block."""
+    return np.concatenate([np.full(b, 1 / math.sqrt(b), np.float32) for b in hadamard_blocks(D)])
 
-    Butterflies in Sylvester's order in float32: each output is the same sequence of additions
-    on every machine.
+
+def _butterflies(x: np.ndarray) -> np.ndarray:
+    """Return x (S, D) times the rotation's signs, 1 and -1.
+
+    In Sylvester's order in float32: each output is the same sequence of additions on every machine.
     """
     out = np.empty_like(x)
     start = 0
@@ -52,9 +56,17 @@ def rotate(x: np.ndarray) -> np.ndarray:
             a, b = pairs[:, :, 0], pairs[:, :, 1]
             pairs[:, :, 0], pairs[:, :, 1] = a + b, a - b
             h *= 2
-        out[:, start : start + block] = part * np.float32(1.0 / math.sqrt(block))
+        out[:, start : start + block] = part
         start += block
     return out
+
+
+def rotate(x: np.ndarray) -> np.ndarray:
+    """Return x (S, D) times an orthonormal Hadamard matrix, block-diagonal where D is not a power of two.
+
+    The normalisation comes first, then butterflies.
+    """
+    return _butterflies(x * _normalization(x.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -253,10 +265,13 @@ def _quantize_head(
 
 
 def prepare(x: np.ndarray, factor: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Equalise and rotate one head of Q or K: x (S, D) * factor, then the Hadamard rotation."""
-    if recipe.equalize:
-        x = x * factor
-    return rotate(x) if recipe.hadamard else x
+    """Equalise and rotate one head of Q or K: x (S, D) * factor, then the Hadamard rotation.
+
+    x is multiplied once, by the rounded product of the factor and the rotation's normalisation.
+    """
+    if recipe.hadamard:
+        return _butterflies(x * (factor * _normalization(x.shape[1])))
+    return x * factor if recipe.equalize else x
 
 
 class _Collector:

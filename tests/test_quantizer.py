@@ -167,6 +167,23 @@ def test_rotation_is_the_hadamard_matrix(D: int) -> None:
     np.testing.assert_allclose(rotation.astype(np.float64) @ rotation.T, np.eye(D), atol=2e-6)
 
 
+def test_rotation_overflows_only_where_its_result_does() -> None:
+    """It is normalised first; the four would sum to infinity."""
+    got = quantize.rotate(np.full((1, 4), 1e38, np.float32))
+    np.testing.assert_array_equal(got, np.array([[2e38, 0, 0, 0]], np.float32))
+
+
+@pytest.mark.parametrize("D", [1, 64, 80, 128, 255])
+def test_factor_and_normalisation_are_rounded_as_one(D: int) -> None:
+    rng = np.random.default_rng(D)
+    x = rng.lognormal(0, 1, D).astype(np.float32)
+    factor = quantize.round_bf16(rng.lognormal(0, 1, D))
+    got = quantize.prepare(np.diag(x), factor, PLAIN.replace(equalize=True, hadamard=True))
+    signs = np.sign(quantize.rotate(np.eye(D, dtype=np.float32)))
+    normalization = np.float32(1) / np.sqrt(np.abs(signs).sum(axis=1))  # of the size of a channel's block
+    np.testing.assert_array_equal(got, (x * (factor * normalization))[:, None] * signs)
+
+
 def test_rotation_has_blocks_by_binary_digits() -> None:
     assert [quantize.hadamard_blocks(D) for D in (1, 64, 80, 96, 255)] == [
         [1], [64], [64, 16], [64, 32], [128, 64, 32, 16, 8, 4, 2, 1],
