@@ -73,14 +73,15 @@ def attention_jobs(kernel: str) -> Iterator[Job]:
 
 
 def quantizer_jobs() -> Iterator[Job]:
-    cases = [("int8", 128, "float16"), ("int8-fast", 256, "bfloat16"), ("half-int8-plus", 81, "float32")]
+    cases = [("int8", 64, "float16"), ("int8", 128, "float16"), ("int8-fast", 256, "bfloat16")]
+    cases += [("half-int8-plus", 81, "float32")]
     others = [("int4", 80, "float16"), ("fp16", 256, "float32"), ("fp8-e4m3", 64, "bfloat16")]
     for arch in ARCHITECTURES:
         for name, D, dtype in cases + (others if arch in ALL_RECIPES_ON else []):
             defines = gpu.quantizer_defines(R[name], D, dtype)
             yield Job("quantize", arch, f"{name} d={D} {dtype}", tuple(defines.items()))
-        lean = gpu.quantizer_defines(R["int8"], 128, "float16", lse_shift=False)
-        yield Job("quantize", arch, "int8 d=128 float16 without lse", tuple(lean.items()))
+        lean = gpu.quantizer_defines(R["int8"], 64, "float16", lse_shift=False)
+        yield Job("quantize", arch, "int8 d=64 float16 without lse", tuple(lean.items()))
 
 
 def compile_all(jobs: Iterable[Job]) -> list[tuple[Job, jit.CompileReport]]:
