@@ -8,7 +8,7 @@
 //   quantize_ranges       where Q or K has one scale per head: reads them again, prepared as below, for their range
 //   quantize_pack         reads V, K and Q again, prepares (mean, factors, Hadamard rotation), rounds and packs them
 //
-// The arithmetic is float32 in the order that intfa_cupy/quantize.py states, without contraction into FMA, so that
+// The arithmetic is float32 in the order that intfa_cupy/quantize.py states, an FMA only where it says so, so that
 // both give the same integers from the same statistics. Nothing depends on the order in which blocks run.
 //
 // Neighbouring lanes of a warp hold a row: 8 channels each for statistics and V, 32 each for the packing of Q and K,

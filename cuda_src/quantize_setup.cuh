@@ -112,10 +112,10 @@ __device__ __forceinline__ Scale scale_of(int range) {
     return {divide_by<format>(safe), levels_over<format>(safe)};
 }
 
-// x * inverse rounded to an integer, half to even, in the low byte. |x| is within the range that inverse was made for,
-// so the result is within -127..127; meaningless where inverse is 0.
+// x * inverse rounded once, to an integer, half to even, in the low byte. |x| is within the range that inverse was made
+// for, so the result is within -127..127; meaningless where inverse is 0.
 __device__ __forceinline__ uint32 rounded(float x, float inverse) {
-    return static_cast<uint32>(__float_as_int(add_rn(mul_rn(x, inverse), kRoundingMagic)));
+    return static_cast<uint32>(__float_as_int(fmaf(x, inverse, kRoundingMagic)));
 }
 
 __device__ __forceinline__ float round_bf16(float x) {

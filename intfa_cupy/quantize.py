@@ -139,8 +139,12 @@ def _absmax_scale(absmax: np.ndarray, levels: np.float32) -> tuple[np.ndarray, n
 
 
 def _to_int(x: np.ndarray, inverse: np.ndarray, levels: np.float32) -> np.ndarray:
-    """Round x * inverse to integers, half to even; what is not finite becomes 0."""
-    y = np.rint(x * inverse)
+    """Round x * inverse to integers, half to even; what is not finite becomes 0.
+
+    The product is not rounded before, as in an FMA: float64 holds it exactly.
+    """
+    y = np.multiply(x, inverse, dtype=np.float64)
+    np.rint(y, out=y)
     np.clip(y, -levels, levels, out=y)
     if not np.isfinite(y).all():
         np.nan_to_num(y, copy=False, nan=0.0)
