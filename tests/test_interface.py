@@ -168,7 +168,7 @@ def test_recipes_say_what_the_paper_and_the_notes_say() -> None:
     assert not (paper.smooth_k or paper.equalize or paper.hadamard) and paper.rounded_sum
     best = r["int8"]
     assert best.folded_v and best.p_max == "tile" and best.p_levels == 255 and not best.rounded_sum
-    assert best.smooth_k and best.equalize and best.hadamard
+    assert best.smooth_k and best.equalize and best.hadamard and best.k_granularity == "group"
     fast = r["int8-fast"]
     assert (
         (fast.k_granularity, fast.v_granularity) == ("group", "channel")
