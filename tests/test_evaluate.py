@@ -249,7 +249,7 @@ def test_the_shipped_record_is_the_default_run_and_has_the_expected_order() -> N
     assert document is not None and (document["tokens"], document["sequences"]) == (2048, 2)
     kl = {r["recipe"]: r["kl"] for r in document["results"]}
     assert tuple(kl) == DEFAULT_RECIPES
-    assert kl["half-int8-plus"] < 0.0002 < kl["int8"] < 0.0004 < kl["int8-fast"] < 0.1 * kl["paper-int8"]
+    assert kl["half-int8-plus"] < 0.0002 < kl["int8"] < 0.0005 < kl["int8-fast"] < 0.1 * kl["paper-int8"]
     assert kl["paper-int8"] < kl["fp8-e4m3"] and np.shape(document["sink_mass"]) == (30, 9)
 
 

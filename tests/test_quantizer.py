@@ -312,7 +312,7 @@ def test_bytes_are_those_of_the_formats() -> None:
     x = np.random.default_rng(0).standard_normal((1, 2, 256, 64)).astype(np.float16)
     elements = 2 * 256 * 64
     expected = {
-        "int8": (elements + 2 * 256 * 4, elements + 2 * 256 * 4, elements + 2 * 256 * 4),
+        "int8": (elements + 2 * 256 * 4, elements + 2 * 2 * 4 * 4, elements + 2 * 256 * 4),
         "int8-fast": (elements + 2 * 256 * 4, elements + 2 * 2 * 4 * 4, elements + 2 * 64 * 4),
         "paper-int8": (elements + 2 * 256 * 4, elements + 2 * 256 * 4, elements + 2 * 4),
         "int4": (elements // 2 + 2 * 256 * 2 * 4, elements // 2 + 2 * 256 * 2 * 4, elements + 2 * 256 * 4),
