@@ -80,8 +80,9 @@ constexpr int kThreads = kWarps * 32;
 // What a score is before it is scaled.
 constexpr bool kInteger = kKeyFormat == kInt8 || kKeyFormat == kInt4;
 constexpr bool kGrouped = kKeyScale == kScaleChannel;    // summed in float over groups of 32 channels
-// One scale covers all keys of a thread: scores stay integers until the exponent.
-constexpr bool kRaw = kInteger && (kKeyScale == kScaleGroup || kKeyScale == kScaleTile);
+// One scale covers all keys of a thread: scores stay integers until the exponent, unless V's scales are added to them.
+constexpr bool kShared = kInteger && (kKeyScale == kScaleGroup || kKeyScale == kScaleTile);
+constexpr bool kRaw = kShared && !kFolded;
 // Integer scores start at kIntegerMagic, or have it added at the end: where they start takes registers.
 constexpr bool kMagic = Dp < 256;
 constexpr bool kTokenScale = kKeyScale == kScaleToken;
@@ -112,9 +113,6 @@ constexpr bool kSubnormalP = kIntegerP && !kRoundsBytes;
 constexpr float kUnit = kSubnormalP ? 0x1p-24f : 1.0f;
 constexpr float kLargest = static_cast<float>(log2_of(kLevels) - (kSubnormalP ? 24 : 0));  // the largest's exponent
 
-// What 1 is in O, of integer P.
-constexpr float kUnitOfO = kProductUnit * kProductRoom;
-
 static_assert(Dp == 64 || Dp == 128 || Dp == 256, "the head dimension is padded to 64, 128 or 256");
 static_assert(kLevels >= 1 && (kLevels <= 255 || !kIntegerP), "levels of P: what its format holds");
 static_assert(log2_of(255) > 7.9943534 && log2_of(255) < 7.9943535 && log2_of(256) == 8, "the logarithm");
@@ -124,7 +122,6 @@ static_assert(kInteger || kKeyScale == kScaleHead, "floating K has one scale per
 static_assert(!kGrouped || kInteger, "floating K has no scales per group of channels");
 static_assert(kGrouped || !kQueryChannelScale, "scales per group of channels: Q only where K has them");
 static_assert(kIntegerP || (kRunning && !kFolded), "floating P is taken against the running maximum");
-static_assert(!kRaw || !kFolded, "folded V adds a term per key: K's scale must be per token");
 static_assert(kBuffers == 1 || kBuffers == 2, "buffers");
 static_assert(kStash >= 0 && kStash <= 16 && kStash % 2 == 0, "pairs of the 16 fragments");
 static_assert(kBeside >= 0 && kBeside <= Dp / 16, "no more channels than there are");
@@ -643,22 +640,22 @@ struct Warp {
 
     // --- softmax -----------------------------------------------------------------------------------------------------
 
-    // The lane's first pair {log2, 1 / scale} of V's scales, from its address of K's scales: pairs are twice as long.
+    // The lane's first of V's scales, from its address of K's scales: here it has four keys next to each other.
     __device__ __forceinline__ uint32 fold_of(uint32 aux) const {
         return aux + kScaleBytes + (aux_lane - (shared + Map::aux));
     }
 
     // Scores of fragment n to floats, where each key has its own scale; V folded: the whole exponent.
-    __device__ __forceinline__ void scale_scores(int n, uint32 aux, uint32 fold) {
+    __device__ __forceinline__ void scale_scores(int n, uint32 aux, uint32 fold, const float (&q_by_k)[2]) {
         float2 scale = {1.0f, 1.0f};
         if (kTokenScale) scale = load_float2(aux + 32 * n);
-        float4 value;
-        if (kFolded) value = load_float4(fold + 64 * n);
+        float2 value;
+        if (kFolded) value = load_float2(fold + 64 * (n / 2) + 8 * (n % 2));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            float x = __int_as_float(s[n][i]);
-            if (kTokenScale) x = score_of(s[n][i]) * (i % 2 ? scale.y : scale.x);
-            if (kFolded) x = fmaf(x, q_scale[i / 2], i % 2 ? value.z : value.x);
+            float x = kTokenScale || kShared ? score_of(s[n][i]) : __int_as_float(s[n][i]);
+            if (kTokenScale) x *= i % 2 ? scale.y : scale.x;
+            if (kFolded) x = fmaf(x, q_by_k[i / 2], i % 2 ? value.y : value.x);
             s[n][i] = __float_as_int(x);
         }
     }
@@ -676,18 +673,20 @@ struct Warp {
         }
     }
 
-    // S of a tile, and its largest elements.
-    __device__ __forceinline__ void scores(int buffer, int parity, int key0) {
+    // S of a tile, and its largest elements. key_scale: of the thread's keys (kShared).
+    __device__ __forceinline__ void scores(int buffer, int parity, int key0, float key_scale) {
         fence_address<4>(key_lane);
         const uint32 aux = aux_lane + parity * kAuxBytes;
         const uint32 fold = fold_of(aux);
+        float q_by_k[2];
+        for (int h = 0; h < 2; ++h) q_by_k[h] = kShared ? q_scale[h] * key_scale : q_scale[h];
 #pragma unroll
         for (int first = 0; first < 16; first += kWide) {
             fence<1>();
             multiply_keys(buffer, first, parity);
 #pragma unroll
             for (int n = first; n < first + kWide; ++n) {
-                if (kTokenScale || kFolded) scale_scores(n, aux, fold);
+                if (kTokenScale || kFolded) scale_scores(n, aux, fold, q_by_k);
                 if (kRaw) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) s[n][i] = magic_of(s[n][i]);
@@ -827,15 +826,12 @@ struct Warp {
     // P of 16 keys. sum: this lane's share of the unrounded P.
     __device__ __forceinline__ void exponentials(int block, uint32 fold, const float (&scale)[2],
                                                  const float (&shift)[2], float (&sum)[2]) {
-        float4 value[2];
+        float4 value;
         if (2 * block < kStash) {
             take_scores(2 * block);
             take_scores(2 * block + 1);
         }
-        if (kFolded) {
-#pragma unroll
-            for (int n = 0; n < 2; ++n) value[n] = load_float4(fold + 64 * (2 * block + n));
-        }
+        if (kFolded) value = load_float4(fold + 4 * kTileKeys + 64 * block);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float e[4];  // keys 2q, 2q+1, 8+2q, 9+2q
@@ -844,7 +840,7 @@ struct Warp {
                 const float x = __int_as_float(s[2 * block + i / 2][2 * h + i % 2]);
                 e[i] = exp2_fast(kFolded ? x + shift[h] : fmaf(x, scale[h], shift[h]));
                 if (kFolded)
-                    sum[h] = fmaf(e[i], i % 2 ? value[i / 2].w : value[i / 2].y, sum[h]);
+                    sum[h] = fmaf(e[i], i / 2 ? i % 2 ? value.w : value.z : i % 2 ? value.y : value.x, sum[h]);
                 else if (!kCountedSum && !kProductSum)
                     sum[h] += e[i];
             }
@@ -1015,7 +1011,8 @@ struct Warp {
             if (p.lse != nullptr && quad == 0 && inside[h]) {
                 const int64 index = static_cast<int64>(head) * p.queries + row_of(seldom.w, thread, h);
                 const float shift = p.lse_shift == nullptr ? 0.0f : p.lse_shift[index] * p.scale;
-                p.lse[index] = log_sum_exp(reference[h], total, static_cast<float>(kLevels), shift, bad);
+                const float from = reference[h] - (kFolded ? kFoldOffset : 0.0f);
+                p.lse[index] = log_sum_exp(from, total, static_cast<float>(kLevels), shift, bad);
             }
         }
 #pragma unroll
@@ -1088,7 +1085,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attenti
     whole.start();
     Warp warp(p, shared, item);
 
-    constexpr bool kAhead = Dp < 256;  // fetch K's scale a tile ahead, if there is a register for it all the time
+    // Fetch K's scale a tile ahead, if there is a register for it all the time.
+    constexpr bool kAhead = Dp < 256;
     float next_scale = kAhead && begin < end ? whole.scale_of(begin) : 1.0f;
     if (kShort) __syncthreads();  // all threads recall what one has written
     for (int tile = begin; tile < whole.recalled().end; ++tile) {
@@ -1098,9 +1096,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, INTFA_MIN_BLOCKS) attenti
         const int parity = tiles.parity_of(tile);
         const int buffer = tiles.buffer_of(tile);
 
+        if (!kAhead && kFolded) key_scale = tiles.scale_of(tile);
         tiles.await_key(tile);
-        warp.scores(buffer, parity, tile * kTileKeys);
-        if (!kAhead) key_scale = tiles.scale_of(tile);
+        warp.scores(buffer, parity, tile * kTileKeys, key_scale);
+        if (!kAhead && !kFolded) key_scale = tiles.scale_of(tile);
         tiles.leave_key();
         warp.exponent_of(scale, shift, key_scale, [&] {
             if (kAhead && tile + 1 < tiles.end) next_scale = tiles.scale_of(tile + 1);

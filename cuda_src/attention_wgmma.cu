@@ -38,10 +38,8 @@
 // No branch stands between the sum and the exponentials, so that the compiler mixes them: exponentials alone leave the
 // other pipes idle, a sum alone theirs. An item's last product is waited for, and its output written, between two steps.
 //
-// What costs: beside products, instructions are slower. In a loop of one kind, beside another warpgroup's products
-// of 64 x 128 x 32, an H200 took 4.1 cycles instead of 2.2 for a conversion, a maximum or a logical operation, 3.7
-// instead of 2.2 for an integer multiplication, 1.6 instead of 1.2 for a float one, 8.5 instead of 8.1 for an
-// exponential.
+// What costs: a product in flight takes issue slots and register bandwidth from the other work, so that instructions
+// count, those of one pipe (conversions, maxima, logical ones) twice.
 //
 // P never leaves registers. Lane 4r+q of an accumulator holds the keys 8i+2q, 8i+2q+1, an 8-bit A operand wants
 // four neighbours 4q..4q+3: the quantiser stores V's keys in the order that makes the two coincide.
@@ -54,7 +52,7 @@
 //     Q         2 x ROWS * DP         two buffers: [warpgroup][DP / 128][64 rows][128 bytes], swizzled
 //     K         STAGES x 128 * DP
 //     V^T       STAGES x DP * 128
-//     scales    STAGES x kAuxBytes    K scales of the tile, then {log2, 1/scale} pairs of V when folded
+//     scales    STAGES x kAuxBytes    K scales of the tile, then V's when folded: their logarithms, their reciprocals
 //     q_scale   2 x ROWS floats
 //     v_scale   4 x DP floats
 //     records   4 x kRecordBytes
@@ -64,7 +62,7 @@
 // Compile-time constants (-D):
 //     DP          64, 128, 256    padded head dimension
 //     K_SCALE     kScaleToken (0) or kScaleGroup (1)
-//     V_FOLDED    1: V has a scale per key, folded into the exponent (needs K_SCALE 0)
+//     V_FOLDED    1: V has a scale per key, folded into the exponent
 //     P_TILE_MAX  1: P against the tile's maximum; 0: against the running maximum
 //     P_LEVELS    255 or 127
 //     CONSUMERS   3, or 2
@@ -152,12 +150,12 @@ struct Consumer {
     unsigned never;    // 0, which the compiler cannot know
 
     // Accumulators, P and the state of the two rows.
-    float o[DP / 2];
+    float o[DP / 2];    // in units of kUnitOfO
     unsigned prob[16];
-    float reference[2];
-    float l[2];        // this lane's share
-    float count[2];    // V folded: this lane's share of c, which is l elsewhere
-    float factor[2];   // of the product under way: tile maximum: to O's reference and unit; running: O's rescaling
+    float reference[2]; // where O and l stand; kNowhere: the row has seen nothing
+    float l[2];         // this lane's share, in O's unit unless V is folded
+    float count[2];     // V folded: this lane's share of c, which is l elsewhere
+    float factor[2];    // of the product under way, from the bits of an integer to O
     Cursor at;
 
     __device__ __forceinline__ Consumer(const AttentionParams& p_, const SharedMap& map_, int group_, int thread)
@@ -178,6 +176,13 @@ struct Consumer {
         barrier_arrive_if(barrier, lane == 0);
     }
 
+    // The same, of memory that the thread has loaded from. read: made of all that it loaded, which is then waited for.
+    // An arrival alone orders the loads before it against other threads, not against bulk copies: one in 10^8 was seen to
+    // find what the next copy had brought.
+    __device__ __forceinline__ void arrive_after(unsigned barrier, float read) const {
+        arrive(barrier | (static_cast<unsigned>(__float_as_int(read)) & never));
+    }
+
     // A value that is the same in all lanes, kept in a register: the compiler would work it out again at every use.
     static __device__ __forceinline__ int held(int x) { return __reduce_max_sync(kFullWarp, x); }
 
@@ -188,18 +193,19 @@ struct Consumer {
         const int begin = held(tiles.x);
         at.idle = begin < 0;
         at.end = held(tiles.y);
+        if (at.round > 0) at.ring.turn_back();
         at.first = at.ring.count;
-        at.last = at.first + at.end - (at.idle ? ~begin : begin) - 1;
+        at.last = at.first + 8 * (at.end - (at.idle ? ~begin : begin) - 1);
         if (MASKED && PIPELINED) {
             at.plain_begin = held(tiles.z);
             at.plain_end = held(tiles.w);
         }
         at.query = query_low + (at.round & 1) * (kQueryBytes >> 4);
-        at.scales = map.query_scale + (at.round & 1) * kBlockRows * 4;
+        at.scales = map.query_scale + ((at.round & 1) * kBlockRows + group * kGroupRows) * 4;
     }
 
     __device__ __forceinline__ Place place() const {
-        const int tile = at.end - 1 - static_cast<int>(at.last - at.ring.count);
+        const int tile = at.end - 1 - static_cast<int>(at.last - at.ring.count) / 8;
         int begin = at.plain_begin, end = at.plain_end;
         if (MASKED && !PIPELINED) {  // registers are short
             const int4 tiles = load_int4(map.record(at.round) + 16 * group);
@@ -218,7 +224,7 @@ struct Consumer {
     // S = Q K^T of the cursor's tile. Past the last item the product repeats old data, so that the code has one path.
     __device__ __forceinline__ void issue_scores(int (&s)[64]) const {
         const unsigned a = at.query;
-        const unsigned b = key_low + at.ring.stage() * (kTileBytes >> 4);
+        const unsigned b = key_low + stage_offset(at.ring.stage(), kTileBytes >> 4);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < DP / 32; ++k) {
@@ -237,8 +243,8 @@ struct Consumer {
 
     // acc = P V of 2 n channels from the given one.
     template <int n>
-    __device__ __forceinline__ void issue_values(int (&acc)[n], int stage, int channel) const {
-        const unsigned b = value_low + stage * (kTileBytes >> 4) + channel * (128 >> 4);
+    __device__ __forceinline__ void issue_values(int (&acc)[n], unsigned stage, int channel) const {
+        const unsigned b = value_low + stage_offset(stage, kTileBytes >> 4) + channel * (128 >> 4);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k)
@@ -250,19 +256,16 @@ struct Consumer {
     template <int n>
     __device__ __forceinline__ void add_product(const int (&acc)[n], int first) {
 #pragma unroll
-        for (int i = 0; i < n; ++i) {
-            const float x = __int_as_float(acc[i]);
-            float& y = o[first + i];
-            y = kTileMax ? fmaf(x, factor[row_of(i)], y) : fmaf(y, factor[row_of(i)], x);
-        }
+        for (int i = 0; i < n; ++i)
+            o[first + i] = fmaf(__int_as_float(acc[i]), factor[row_of(i)], o[first + i]);
     }
 
     // The keys of the tile that row r of this thread sees, of the 32 that the thread holds: bit 2i + c is key
     // 8i + 2 quad + c.
     __device__ __forceinline__ unsigned visible_bits(const Place& place, int r) const {
         const int first = load_int4(map.record(place.round) + kRecordItem).x;
-        const int thread = opaque(threadIdx.x) % 128;  // worked out again, for want of registers in the loop
-        const int row = PIPELINED ? row_in_block : group * kGroupRows + thread / 32 * 16 + thread % 32 / 4;
+        const int t = opaque(threadIdx.x) % 128;  // worked out again, for want of registers in the loop
+        const int row = PIPELINED ? row_in_block : group * kGroupRows + t / 32 * 16 + t % 32 / 4;
         const KeyRange keys = visible_keys(p, first + row + 8 * r);
         const int base = place.tile * kTileKeys + 2 * quad;
         return low_bits(keys.end - base) & ~low_bits(keys.begin - base);
@@ -274,23 +277,35 @@ struct Consumer {
         return count >= 32 ? 0xffffffffu : (1u << count) - 1u;
     }
 
-    // Scores to floats (token scales): S * k_scale, V folded: the whole exponent.
-    __device__ __forceinline__ void scale_scores(int (&s)[64], int stage, const float (&query_scale)[2]) const {
-        const unsigned aux = map.aux + stage * kAuxBytes + 8 * quad;
+    // Scores to floats: S * k_scale for a scale per token; with folded V the whole exponent.
+    __device__ __forceinline__ void scale_scores(int (&s)[64], unsigned stage, const float (&scale)[2]) const {
+        const unsigned aux = map.aux + stage_offset(stage, kAuxBytes);
 #pragma unroll
-        for (int i = 0; i < 64; i += 4) {
-            const float2 scale = load_float2(aux + 8 * i);
-            float x[4];
+        for (int i = 0; i < 64; i += 8) {
+            float x[8];
 #pragma unroll
-            for (int n = 0; n < 4; ++n) x[n] = static_cast<float>(s[i + n]) * (n & 1 ? scale.y : scale.x);
+            for (int n = 0; n < 8; ++n) x[n] = static_cast<float>(s[i + n]);
+            if (K_SCALE == kScaleToken) {
+#pragma unroll
+                for (int n = 0; n < 8; n += 4) {
+                    const float2 key = load_float2(aux + 8 * quad + 8 * (i + n));
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) x[n + c] *= c & 1 ? key.y : key.x;
+                }
+            }
             if (kFolded) {
-                const float4 fold = load_float4(aux + kScaleBytes + 8 * quad + 16 * i);
+                const float4 fold = load_float4(aux + kScaleBytes + 16 * quad + 8 * i);
 #pragma unroll
-                for (int n = 0; n < 4; ++n) x[n] = fmaf(x[n], query_scale[n >> 1], n & 1 ? fold.z : fold.x);
+                for (int n = 0; n < 8; ++n) x[n] = fmaf(x[n], scale[row_of(n)], of_key(fold, n));
             }
 #pragma unroll
-            for (int n = 0; n < 4; ++n) s[i + n] = __float_as_int(x[n]);
+            for (int n = 0; n < 8; ++n) s[i + n] = __float_as_int(x[n]);
         }
+    }
+
+    // Of four values of keys that follow each other in V's order, that of accumulator element n.
+    static __device__ __forceinline__ float of_key(const float4& x, int n) {
+        return n & 4 ? (n & 1 ? x.w : x.z) : n & 1 ? x.y : x.x;
     }
 
     __device__ __forceinline__ void hide_scores(int (&s)[64], const Place& place) const {
@@ -319,17 +334,33 @@ struct Consumer {
     // Largest exponent of each of the two rows; -inf when the tile shows nothing. scale: to exponents.
     template <bool masked>
     __device__ __forceinline__ void row_maxima(const int (&s)[64], const float (&scale)[2], float (&m)[2]) const {
-        if (kRaw) {
+        if (kRaw || kFolded) {
+            // With folded V floats, which order like integers unless they are negative.
             int x[2][4];  // four chains a row, for the latency
 #pragma unroll
             for (int i = 0; i < 64; i += 2) {
                 int& y = x[row_of(i)][i / 4 % 4];
                 y = i < 16 ? max(s[i], s[i + 1]) : max3(y, s[i], s[i + 1]);
             }
+            int top[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) top[r] = max(max3(x[r][0], x[r][1], x[r][2]), x[r][3]);
+            if (kFolded && __builtin_expect(__any_sync(kFullWarp, (top[0] | top[1]) < 0), 0)) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float y = -infinity();
+#pragma unroll
+                    for (int i = 2 * r; i < 64; i += 4)
+                        y = fmaxf(y, fmaxf(__int_as_float(s[i]), __int_as_float(s[i + 1])));
+                    top[r] = __float_as_int(y);
+                }
+            }
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const int y = max(max3(x[r][0], x[r][1], x[r][2]), x[r][3]);
-                m[r] = masked && y == kHidden ? -infinity() : static_cast<float>(y) * scale[r];
+                if (kFolded)
+                    m[r] = __int_as_float(top[r]);
+                else
+                    m[r] = masked && top[r] == kHidden ? -infinity() : static_cast<float>(top[r]) * scale[r];
             }
         } else {
             float x[2][4];
@@ -342,71 +373,56 @@ struct Consumer {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float y = fmaxf(fmaxf(x[r][0], x[r][1]), fmaxf(x[r][2], x[r][3]));
-                m[r] = kFolded ? y : masked && y == __int_as_float(kHidden) ? -infinity() : y * scale[r];
+                m[r] = masked && y == __int_as_float(kHidden) ? -infinity() : y * scale[r];
             }
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) m[r] = quad_max(m[r]);
     }
 
-    // What takes an exponent relative to a maximum. Rounding may lift the largest above LEVELS: round_bytes stops there
-    // (at 255; 127 has room).
-    template <bool masked>
-    static __device__ __forceinline__ float shift_from(float m) {
-        return masked && m == -infinity() ? kLargest : kLargest - m;
-    }
-
-    // From the rows' maxima: the shift of the exponents; with a running maximum also where O and l stand.
+    // From the rows' maxima: the shift of the exponents. Rounding may lift the largest P above LEVELS: round_bytes stops
+    // there (at 255; 127 has room).
     template <bool masked>
     __device__ __forceinline__ void choose_shift(const float (&m)[2], float (&shift)[2]) {
+        if (!kTileMax) move_reference(m);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            if (kTileMax) {
-                shift[r] = shift_from<masked>(m[r]);
-            } else {
-                const float to = fmaxf(reference[r], m[r]);
-                factor[r] = exp2_from(reference[r], to);
-                shift[r] = shift_from<masked>(to);
-                reference[r] = to;
-            }
+            const float to = kTileMax ? m[r] : reference[r];
+            shift[r] = masked && to <= kNowhere ? kLargest : kLargest - to;
         }
     }
 
-    // Where O and l stand, the factor of this tile's product, and l. sum: this lane's share of the tile's P. Nothing
-    // that P waits for: it runs beside the product.
-    __device__ __forceinline__ void settle(const float (&m)[2], const float (&sum)[2]) {
-        if (kTileMax) {
-            bool grow[2];
+    // O and l go where a tile's maximum needs them, if it is too far above where they are.
+    __device__ __forceinline__ void move_reference(const float (&m)[2]) {
+        bool grow[2];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) grow[r] = m[r] - reference[r] > kReferenceSlack;  // also from -inf
-            if (__builtin_expect(__any_sync(kFullWarp, grow[0] || grow[1]), 0)) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const float down = grow[r] ? exp2_fast(reference[r] - m[r]) : 1.0f;
-                    if (grow[r]) reference[r] = m[r];
-                    l[r] *= down;
-                    if (kFolded) count[r] *= down;
-#pragma unroll
-                    for (int i = 0; i < DP / 2; ++i)
-                        if (row_of(i) == r) o[i] *= down;
-                }
-            }
-#pragma unroll
-            for (int r = 0; r < 2; ++r)
-                factor[r] = MASKED ? exp2_from(m[r], reference[r]) : exp2_fast(m[r] - reference[r]);
-        }
+        for (int r = 0; r < 2; ++r) grow[r] = m[r] - reference[r] > (kTileMax ? kReferenceSlack : 0.0f);
+        if (!__builtin_expect(__any_sync(kFullWarp, grow[0] || grow[1]), 0)) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const auto add = [&](float& to, float x) {
-                to = kTileMax ? fmaf(x, factor[r], to) : fmaf(to, factor[r], x);
-            };
-            unsigned words[2] = {0, 0};
+            const float down = grow[r] ? exp2_fast(reference[r] - m[r]) : 1.0f;
+            if (grow[r]) reference[r] = m[r];
+            l[r] *= down;
+            if (kFolded) count[r] *= down;
 #pragma unroll
-            for (int w = r; w < 16; w += 2) words[w / 8] = __dp4a(prob[w], 0x01010101u, words[w / 8]);
-            const float counted = static_cast<float>(static_cast<int>(words[0] + words[1]));
-            add(l[r], kFolded ? sum[r] : counted);
-            if (kFolded) add(count[r], counted);
-            if (kTileMax) factor[r] *= kProductRoom;
+            for (int i = 0; i < DP / 2; ++i)
+                if (row_of(i) == r) o[i] *= down;
+        }
+    }
+
+    // The factor of this tile's product, and l. sum: this lane's share of the tile's P. Nothing that P waits for: it runs
+    // beside the product.
+    __device__ __forceinline__ void settle(const float (&m)[2], const float (&sum)[2]) {
+        if (kTileMax) move_reference(m);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            factor[r] = kTileMax ? kProductRoom * exp2_fast(m[r] - reference[r]) : kProductRoom;
+            unsigned counted[2] = {0, 0};
+#pragma unroll
+            for (int w = r; w < 16; w += 2) counted[w / 8] = __dp4a(prob[w], 0x01010101u, counted[w / 8]);
+            float& c = kFolded ? count[r] : l[r];
+            c = fmaf(__int_as_float(static_cast<int>(counted[0] + counted[1])), factor[r], c);
+            if (kFolded) l[r] = fmaf(sum[r] * (1.0f / kProductRoom), factor[r], l[r]);
         }
     }
 
@@ -419,7 +435,8 @@ struct Consumer {
     template <bool masked>
     __device__ __forceinline__ void exponentials(int (&s)[64], const float (&scale)[2], const float (&shift)[2],
                                                  const Place& place, float (&sum)[2]) {
-        const unsigned fold = map.aux + place.ring.stage() * kAuxBytes + kScaleBytes + 16 * quad;
+        const unsigned aux = map.aux + stage_offset(place.ring.stage(), kAuxBytes);
+        const unsigned fold = aux + kScaleBytes + 4 * kTileKeys + 16 * quad;  // reciprocals of V's scales
         sum[0] = sum[1] = 0.0f;
         float shifts[2] = {shift[0], shift[1]};
 #pragma unroll
@@ -444,11 +461,11 @@ struct Consumer {
             }
             if (kFolded) {
 #pragma unroll
-                for (int i = 4 * first; i < 4 * (first + kOrder.block_words); i += 4) {
-                    const float4 value = load_float4(fold + 16 * i);
+                for (int i = 4 * first; i < 4 * (first + kOrder.block_words); i += 8) {
+                    const float4 value = load_float4(fold + 8 * i);
 #pragma unroll
-                    for (int n = 0; n < 4; ++n)
-                        sum[n >> 1] = fmaf(__int_as_float(s[i + n]), n & 1 ? value.w : value.y, sum[n >> 1]);
+                    for (int n = 0; n < 8; ++n)
+                        sum[row_of(n)] = fmaf(__int_as_float(s[i + n]), of_key(value, n), sum[row_of(n)]);
                 }
             }
 #pragma unroll
@@ -465,7 +482,7 @@ struct Consumer {
     __device__ __forceinline__ void begin_item() {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            reference[r] = -infinity();
+            reference[r] = kNowhere;
             l[r] = query_scale(r) * 0.0f;  // NaN for a poisoned row, and so it stays
             count[r] = 0.0f;
         }
@@ -475,11 +492,6 @@ struct Consumer {
 
     __device__ __forceinline__ void store_one(long long index, float x) const {
         static_cast<Output::type*>(p.out)[index] = Output::store(x);
-    }
-
-    // An element of O without what the bias of V added. bias: of the row.
-    static __device__ __forceinline__ float without_bias(float x, float bias) {
-        return fmaf(kTileMax ? x : x * kProductRoom, 1.0f / (kProductUnit * kProductRoom), -bias);
     }
 
     // Writes the rows of the round-th item.
@@ -498,17 +510,24 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) {
             const int row = item.x + row_in_block + 8 * r;
             inside[r] = row < p.queries && row_in_block < groups * kGroupRows;
-            const float total = quad_sum(l[r]);
+            bool sees = true;
+            if (MASKED) {
+                const KeyRange keys = visible_keys(p, row);
+                sees = keys.begin < keys.end;
+            }
+            const float sum = quad_sum(l[r]);
+            const float total = kFolded ? sum : sum * (1.0f / kUnitOfO);
             // A row that sees a key has a sum, unless its scores are beyond what floats can tell apart.
-            const bool lost = reference[r] != -infinity() && !(total > 0.0f && fabsf(reference[r]) < kLostExponent);
+            const bool lost = sees && !(total > 0.0f && fabsf(reference[r]) < kLostExponent);
             const float poisoned = lost ? not_a_number() : guard + total * 0.0f;
-            inverse[r] = finish_factor(total, poisoned);
-            bias[r] = kValueBias * (kFolded ? quad_sum(count[r]) : total);
+            inverse[r] = finish_factor(total, poisoned) * (1.0f / kUnitOfO);
+            bias[r] = kValueBias * (kFolded ? quad_sum(count[r]) : sum);
             index[r] = batch * p.out_batch + (head - batch * p.heads) * p.out_head + row * p.out_row;
             if (p.lse != nullptr && quad == 0 && inside[r]) {
                 const long long at_row = static_cast<long long>(head) * p.queries + row;
                 const float offset = p.lse_shift != nullptr ? p.lse_shift[at_row] * p.scale : 0.0f;
-                p.lse[at_row] = log_sum_exp(reference[r], total, kLevels, offset, poisoned);
+                const float from = reference[r] - (kFolded ? kFoldOffset : 0.0f);
+                p.lse[at_row] = log_sum_exp(from, total, kLevels, offset, poisoned);
             }
         }
         if (OUT_PAIRS) {
@@ -523,9 +542,8 @@ struct Consumer {
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         const float* x = o + 4 * (i + n) + 2 * r;
-                        pair[n] = Output::store_pair<kSaturateAtOnce>(
-                            without_bias(x[0], bias[r]) * (inverse[r] * scale[n].x),
-                            without_bias(x[1], bias[r]) * (inverse[r] * scale[n].y));
+                        pair[n] = Output::store_pair<kSaturateAtOnce>((x[0] - bias[r]) * inverse[r] * scale[n].x,
+                                                                      (x[1] - bias[r]) * inverse[r] * scale[n].y);
                     }
                     store_pairs(pair, static_cast<Output::type*>(p.out) + index[r] + 8 * i, quad, inside[r]);
                 }
@@ -541,33 +559,34 @@ struct Consumer {
                 for (int r = 0; r < 2; ++r) {
                     const float* x = o + 4 * i + 2 * r;
                     if (inside[r] && channel < p.channels)
-                        store_one(index[r], without_bias(x[0], bias[r]) * (inverse[r] * scale.x));
+                        store_one(index[r], (x[0] - bias[r]) * inverse[r] * scale.x);
                     if (inside[r] && channel + 1 < p.channels)
-                        store_one(index[r] + p.out_channel, without_bias(x[1], bias[r]) * (inverse[r] * scale.y));
+                        store_one(index[r] + p.out_channel, (x[1] - bias[r]) * inverse[r] * scale.y);
                     index[r] += 8 * p.out_channel;
                 }
             }
         }
     }
 
+    // Of row r of this thread, with the softmax scale in it: see query_scale_place().
     __device__ __forceinline__ float query_scale(int r) const {
-        return load_float(at.scales + 4 * row_in_block + 32 * r);
+        return load_float(at.scales + (threadIdx.x & 0x7cu) + 128 * r);
     }
 
     // The scales of the two rows for the cursor's tile; token scales of K come in later.
     __device__ __forceinline__ void read_scales(float (&scale)[2]) const {
-        const float key_scale = kRaw ? load_float(map.aux + at.ring.stage() * kAuxBytes + 4 * quad) : 1.0f;
-        const float factor = fabsf(p.scale_log2) * key_scale;  // its sign is in Q
+        const unsigned aux = map.aux + stage_offset(at.ring.stage(), kAuxBytes);
+        const float key_scale = K_SCALE == kScaleGroup ? load_float(aux + 4 * quad) : 1.0f;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) scale[r] = query_scale(r) * factor;
+        for (int r = 0; r < 2; ++r) scale[r] = query_scale(r) * key_scale;
     }
 
     // From S to the row maxima: everything of a step before the product under way is needed. scale: of the two rows.
     template <bool masked>
     __device__ __forceinline__ void first_half(int (&s)[64], const Place& place, const float (&scale)[2],
                                                float (&m)[2]) {
-        if (kRaw) arrive(map.key_empty(place.ring.stage()));
-        if (place.last) arrive(map.query_empty(place.round & 1));
+        if (kRaw) arrive_after(map.key_empty(place.ring.stage()), scale[0]);
+        if (place.last) arrive_after(map.query_empty(place.round & 1), scale[0] + scale[1]);
         if (!kRaw) scale_scores(s, place.ring.stage(), scale);
         if (masked && __builtin_expect(place.masked, 0)) hide_scores(s, place);
         row_maxima<masked>(s, scale, m);
@@ -591,13 +610,13 @@ struct Consumer {
         const bool value_ready = barrier_test(map.value_full(place.ring.stage()), place.ring.phase());
         choose_shift<masked>(m, shift);
         exponentials<masked>(s, scale, shift, place, sum);
-        if (!kRaw) arrive(map.key_empty(place.ring.stage()));
         if (!value_ready) barrier_wait(map.value_full(place.ring.stage()), place.ring.phase());
     }
 
     // Of an item that has no rows for this warpgroup, goes by all tiles but the last, giving back what the others work
     // on. The last one is worked out, for nothing, so that all items end alike.
     __device__ __forceinline__ void pass_tiles() {
+#pragma unroll 1
         while (at.ring.count != at.last) {
             if (PIPELINED && at.ring.count > 0) arrive(map.value_empty(at.ring.previous_stage()));
             wait_key(false);
@@ -628,14 +647,15 @@ struct Consumer {
     __device__ __forceinline__ void step(int (&s)[64], int (&product)[32]) {
         float scale[2], m[2], sum[2];
         const Place here = place();
-        bool key_ready = !kTestLate && next_key_ready();
+        // With a mask the answer costs a register too many for so long.
+        bool key_ready = !MASKED && next_key_ready();
         read_scales(scale);
         if (MASKED && __builtin_expect(here.masked, 0))
             probabilities<true>(s, product, here, scale, m, sum);
         else
             probabilities<false>(s, product, here, scale, m, sum);
-        if (kTestLate) key_ready = next_key_ready();
-        if (!kSettleLate) settle(m, sum);
+        if (MASKED) key_ready = next_key_ready();
+        settle(m, sum);
         at.ring.advance();
         if (__builtin_expect(here.last, 0)) {
             ++at.round;
@@ -644,7 +664,6 @@ struct Consumer {
         wait_key(key_ready);
         issue_scores(s);
         issue_values(product, here.ring.stage(), 0);
-        if (kSettleLate) settle(m, sum);
     }
 
     // At the first tile of an item: ends the item before, whose last product is under way. True past the last item.
@@ -684,6 +703,12 @@ struct Consumer {
         }
     }
 #else
+    // Gives back what lies beside K, too, if the exponentials read it: then l has all that was read in it.
+    __device__ __forceinline__ void settle_and_leave(const float (&m)[2], const float (&sum)[2], const Place& place) {
+        settle(m, sum);
+        if (!kRaw) arrive_after(map.key_empty(place.ring.stage()), l[0]);
+    }
+
     // What a product takes of the array that the scores were in.
     static __device__ __forceinline__ auto& product_of(int (&s)[64]) {
         if constexpr (kHalves)
@@ -706,18 +731,18 @@ struct Consumer {
             while (true) {
                 float scale[2], m[2], sum[2];
                 const Place here = place();
-                read_scales(scale);
                 wgmma_wait<0>(s);
+                read_scales(scale);
                 first_half<MASKED>(s, here, scale, m);
-                second_half<MASKED>(s, here, scale, m, sum);
                 const bool key_ready = next_key_ready();
-                if (!kSettleLate) settle(m, sum);
+                second_half<MASKED>(s, here, scale, m, sum);
+                if (!kSettleLate) settle_and_leave(m, sum, here);
                 constexpr int width = kHalves ? 64 : 128;  // channels of a product
 #pragma unroll
                 for (int channel = 0; channel < DP; channel += width) {
                     auto& product = product_of(s);
                     issue_values(product, here.ring.stage(), channel);
-                    if (kSettleLate && channel == 0) settle(m, sum);
+                    if (kSettleLate && channel == 0) settle_and_leave(m, sum, here);
                     wgmma_wait<0>(product, prob);
                     add_product(product, channel / 2);
                 }
@@ -741,7 +766,7 @@ extern "C" __global__ void __launch_bounds__(intfa::kThreads, 1)
     extern __shared__ __align__(1024) unsigned char shared[];
     const SharedMap map(shared_address(shared));
     if (threadIdx.x == 0) {
-        for (unsigned i = 0; i < kStages; ++i) {
+        for (unsigned i = 0; i < 8 * kStages; i += 8) {
             barrier_init(map.key_full(i), 1);
             barrier_init(map.key_empty(i), 4 * kConsumers);
             barrier_init(map.value_full(i), 1);

@@ -28,7 +28,7 @@
 //   V        Dp x 128 bytes, v + 128, as blocks (channel / 16, position / 16), too; kHalfPV: 128 rows of Dp + 8 halves.
 //            With kBuffers = 1, K and V take turns in one place.
 //   k_scale  128 floats, if K has a scale per key
-//   fold     128 pairs, if V is folded: {log2 of the key's scale, reciprocal of the scale}
+//   fold     2 x 128 floats, if V is folded: kFoldOffset + log2 of the keys' scales, reciprocals of the scales; by position
 //   for each warp:
 //     scores 16 x 136 int32; at the start Q, at the end O
 //     P      8 blocks of 16x16 bytes, or 16 x 136 halves: over the scores if they fit in registers (kKeepScores)
@@ -242,10 +242,15 @@ struct Softmax {
         sum = 0.0f;
     }
 
+    // Where the pair of keys 4 * chunk, + 1 lies by position; the next pair is two further.
+    static __device__ __forceinline__ int fold_place(int chunk) {
+        return chunk / 4 * 8 + chunk % 2 * 4 + chunk / 2 % 2;
+    }
+
     // Exponents of keys 4 * chunk .. 4 * chunk + 3 of the tile.
     template <bool masked>
     __device__ __forceinline__ void exponents(float (&x)[4], int chunk, const int4* scores, const float4* k_scale,
-                                              const float4* fold, float low, float high, KeyRange keys) const {
+                                              const float2* fold, float low, float high, KeyRange keys) const {
         const int4 s = scores[chunk];
         x[0] = static_cast<float>(s.x);
         x[1] = static_cast<float>(s.y);
@@ -259,12 +264,12 @@ struct Softmax {
             x[3] *= k.w;
         }
         if (kFolded) {
-            const float4 a = fold[2 * chunk];
-            const float4 b = fold[2 * chunk + 1];
+            const float2 a = fold[fold_place(chunk)];
+            const float2 b = fold[fold_place(chunk) + 2];
             x[0] = fmaf(x[0], low, a.x);
-            x[1] = fmaf(x[1], low, a.z);
+            x[1] = fmaf(x[1], low, a.y);
             x[2] = fmaf(x[2], high, b.x);
-            x[3] = fmaf(x[3], high, b.z);
+            x[3] = fmaf(x[3], high, b.y);
         } else {  // not to be contracted with what follows: the maximum and the exponentials must agree
             x[0] = mul_rn(x[0], low);
             x[1] = mul_rn(x[1], low);
@@ -290,7 +295,7 @@ struct Softmax {
         const int4* const scores = reinterpret_cast<const int4*>(warp_memory + lane / 2 * (kStride * 4));
         unsigned char* const p = warp_memory + Map::p;
         const float4* const k_scale = reinterpret_cast<const float4*>(shared + Map::k_scale);
-        const float4* const fold = reinterpret_cast<const float4*>(shared + Map::fold);
+        const float2* const fold = reinterpret_cast<const float2*>(shared + Map::fold);
         float low = scale, high = scale;
         if (kKeyScale == kScaleGroup) {
             low *= shared_scale[2 * half];
@@ -343,12 +348,12 @@ struct Softmax {
 #pragma unroll
                 for (int j = 0; j < 4; ++j) e[c][j] = exp2_fast(here[j] - from);
                 if (kFolded) {
-                    const float4 a = fold[2 * chunk];
-                    const float4 b = fold[2 * chunk + 1];
-                    exact = fmaf(e[c][0], a.y, exact);
-                    exact = fmaf(e[c][1], a.w, exact);
-                    exact = fmaf(e[c][2], b.y, exact);
-                    exact = fmaf(e[c][3], b.w, exact);
+                    const float2 a = fold[kTileKeys / 2 + fold_place(chunk)];
+                    const float2 b = fold[kTileKeys / 2 + fold_place(chunk) + 2];
+                    exact = fmaf(e[c][0], a.x, exact);
+                    exact = fmaf(e[c][1], a.y, exact);
+                    exact = fmaf(e[c][2], b.x, exact);
+                    exact = fmaf(e[c][3], b.y, exact);
                 }
                 if (kHalfPV) {  // keys stay in order
                     exact += (e[c][0] + e[c][1]) + (e[c][2] + e[c][3]);
@@ -571,7 +576,7 @@ __device__ __forceinline__ void write_rows(const Output& output, const Softmax& 
         rows[lane / 2].weight = finish_factor(l, bad);
         if (p.lse != nullptr) {
             const float shift = p.lse_shift == nullptr ? 0.0f : p.lse_shift[index] * p.scale;
-            p.lse[index] = log_sum_exp(softmax.reference, l, kLevels, shift, bad);
+            p.lse[index] = log_sum_exp(softmax.reference - (kFolded ? kFoldOffset : 0.0f), l, kLevels, shift, bad);
         }
     }
 

@@ -38,6 +38,9 @@ constexpr int kValueNone = 3;     // there is none: it is 1
 // Keys of one tile, aligned to absolute key 0. P is quantised within a tile.
 constexpr int kTileKeys = 128;
 
+// Added to the logarithms of folded V's scales: most exponents are then positive, and order like integers.
+constexpr float kFoldOffset = 32.0f;
+
 // A window side without bound.
 constexpr int kUnbounded = 0x7fffffff;
 
@@ -52,7 +55,8 @@ struct AttentionParams {
     const void* v;            // (B, Hkv, nT, Dp * 128) transposed swizzled tiles of bytes, or 16-bit rows
                               // (B, Hkv, nT * 128, Dp)
     const float* v_scale;     // (B, Hkv, Dp)
-    const float* v_fold;      // (B, Hkv, nT * 128) pairs {log2(sv / head), head / sv}, or null
+    const float* v_fold;      // (B, Hkv, nT, 2, 128) kFoldOffset + log2(sv / head), then head / sv, each in the order of
+                              // V's keys; or null
     const float* guard;       // (B, Hkv): 0, or NaN where a key or value is not finite
     const float* lse_shift;   // (B, H, Sq): q . mean(K), or null when K was not smoothed or lse is null
     void* out;                // (B, H, Sq, D) at the strides below

@@ -252,6 +252,11 @@ __device__ __forceinline__ void pack_keys(const QuantizeParams& p, int head, int
 __device__ __forceinline__ int first_key(int word) { return word / 8 * 32 + word / 4 % 2 * 16 + word % 4 * 2; }
 __device__ __forceinline__ int key_of(int word, int i) { return first_key(word) + i / 2 * 8 + i % 2; }
 
+// The packed position of a key of a tile.
+__device__ __forceinline__ int position_of(int key) {
+    return key / 16 * 16 + key % 8 / 2 * 4 + key % 16 / 8 * 2 + key % 2;
+}
+
 // The scale of key threadIdx.x of a tile of folded V, what it means for P, and its reciprocal in shared memory.
 __device__ __forceinline__ void scale_token(const QuantizeParams& p, int head, int tile, float* shared) {
     const int key = threadIdx.x;
@@ -263,8 +268,9 @@ __device__ __forceinline__ void scale_token(const QuantizeParams& p, int head, i
         const Scale scale = scale_of<kValueFormat>(max(range, __float_as_int(floor)));
         shared[key] = scale.inverse;
         p.v_token[place] = scale.scale;
-        *reinterpret_cast<float2*>(p.v_fold + place * 2) = {log2f(div_rn(scale.scale, head_scale)),
-                                                            div_rn(head_scale, scale.scale)};
+        float* const fold = p.v_fold + (place - key) * 2 + position_of(key);
+        fold[0] = kFoldOffset + log2f(div_rn(scale.scale, head_scale));
+        fold[kTileKeys] = div_rn(head_scale, scale.scale);
     }
     __syncthreads();
 }

@@ -20,6 +20,7 @@ constexpr float kValueBias = 128.0f;
 // room for factors below 1. A factor of up to 2^kReferenceSlack times this is still finite.
 constexpr float kProductUnit = 0x1p-149f;
 constexpr float kProductRoom = 0x1p66f;
+constexpr float kUnitOfO = kProductUnit * kProductRoom;  // what 1 is in O then
 
 // Adding this to 0 <= x < 2^22 leaves round-to-nearest-even(x) in the low bits of the float.
 constexpr float kRoundingMagic = 12582912.0f;  // 1.5 * 2^23

@@ -8,9 +8,12 @@
 #include "shared_memory.cuh"
 #include "wgmma.cuh"
 
+// Scores stay integers until the exponent when one scale covers all keys of a thread and V's scales are not added to
+// them; else they become floats first.
+#define RAW (K_SCALE == 1 && !V_FOLDED)
 // Whether the products of a warp run beside its other work. It takes registers besides those of the scores. (With a
 // running maximum the compiler has the products wait for each other.)
-#define PIPELINED (P_TILE_MAX && DP == 64 && K_SCALE == 1)
+#define PIPELINED (P_TILE_MAX && DP == 64 && RAW)
 
 namespace intfa {
 
@@ -29,36 +32,38 @@ constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
 
 // --- what runs beside what: found by measurement ------------------------------------------------------------
 
-// The exponentials run in blocks of kBlockWords words of P (each of 4 keys of a row), kRowWords of the same row next to
-// each other. A block starts after the probabilities of the one kChain before are packed; left to itself the compiler
-// puts most exponentials in one run, and all packing behind it. That alone is worth 5 %.
+constexpr bool kRaw = RAW;
+constexpr bool kFolded = V_FOLDED;
+constexpr bool kTileMax = P_TILE_MAX;
+static_assert(kScaleGroup == 1, "RAW");
+static_assert(K_SCALE == kScaleGroup || K_SCALE == kScaleToken, "K scale per token or per group");
+
+// The exponentials run in blocks of block_words words of P (each of 4 keys of a row), row_words of the same row next to
+// each other. A block starts after the probabilities of the one `chain` before are packed; left to itself the compiler
+// puts most exponentials in one run, and all packing behind it.
 struct Order {
     int row_words, block_words, chain;
 };
-constexpr bool kPlain = K_SCALE == kScaleGroup && P_TILE_MAX;
-constexpr Order kOrder = !kPlain && DP < 256            ? Order{1, 2, DP == 128 ? 6 : 8}
-                         : !kPlain || kConsumers == 2 ? Order{1, 2, 3}
-                         : DP == 128                  ? Order{4, 4, 1}
-                         : MASKED                     ? Order{4, 4, 2}
-                                                      : Order{4, 1, 6};
+constexpr Order kOrder = kFolded                        ? Order{1, 2, 6}
+                         : !kRaw || !kTileMax           ? Order{1, 2, DP == 256 ? 3 : DP == 128 ? 6 : 8}
+                         : DP == 256                    ? Order{1, 2, 3}
+                         : DP == 128                    ? Order{4, 4, 1}
+                         : MASKED || kConsumers == 2    ? Order{1, 2, 4}
+                                                        : Order{4, 2, 4};
+static_assert(!kFolded || kOrder.row_words == 1, "the sum of P takes both rows of a key");
 // The sum of P is taken while P V is under way, not before it is issued.
-constexpr bool kSettleLate = DP == 64 && !(kPlain && kConsumers == 3);
+constexpr bool kSettleLate = DP == 64 && !PIPELINED;
 // Fewer instructions for float16 results; at d = 64 the compiler makes a loop 6 % slower of it.
 constexpr bool kSaturateAtOnce = DP > 64;
-// Whether the next keys are there is looked up late in a step: earlier, the answer costs a register too many.
-constexpr bool kTestLate = MASKED;
 
-// Scores stay integers until the exponent when one scale covers all keys of a thread; else they become floats first.
-constexpr bool kRaw = K_SCALE == kScaleGroup;
-constexpr bool kFolded = V_FOLDED;
-constexpr bool kTileMax = P_TILE_MAX;
-static_assert(K_SCALE == kScaleGroup || K_SCALE == kScaleToken, "K scale per token or per group");
-static_assert(!kFolded || K_SCALE == kScaleToken, "folded V goes with token scales of K");
 static_assert(DP == 64 || DP == 128 || DP == 256, "head dimension is padded to 64, 128 or 256");
 static_assert(kConsumers == 2 || (kConsumers == 3 && DP <= 128), "what the registers allow");
 
 // Whether the product of 64 channels takes half of the array that the scores were in.
 constexpr bool kHalves = DP == 64 && !PIPELINED;
+
+// Where the O and l of a row stand that has seen nothing.
+constexpr float kNowhere = -3.402823466e38f;
 
 constexpr float kLevels = P_LEVELS;
 static_assert(P_LEVELS == 255 || P_LEVELS == 127, "LEVELS");
@@ -67,7 +72,7 @@ constexpr float kLargest = P_LEVELS == 255 ? 7.99435343685886f : 6.9886846867721
 
 constexpr int kTileBytes = kTileKeys * DP;             // of K and of V
 constexpr int kQueryBytes = kBlockRows * DP;
-constexpr int kScaleBytes = kRaw ? 16 : 4 * kTileKeys;
+constexpr int kScaleBytes = K_SCALE == kScaleGroup ? 16 : 4 * kTileKeys;
 constexpr int kAuxBytes = kScaleBytes + (kFolded ? 8 * kTileKeys : 0);
 
 constexpr int kRowBytes = DP == 64 ? 64 : 128;         // of a swizzled row of Q or K
@@ -94,10 +99,11 @@ struct SharedMap {
           item(value_scale + kItemSlots * DP * 4),
           deal(item + kItemSlots * kRecordBytes),
           barriers(deal + 32) {}
-    __device__ __forceinline__ unsigned key_full(int stage) const { return barriers + 8 * stage; }
-    __device__ __forceinline__ unsigned key_empty(int stage) const { return barriers + 8 * (kStages + stage); }
-    __device__ __forceinline__ unsigned value_full(int stage) const { return barriers + 8 * (2 * kStages + stage); }
-    __device__ __forceinline__ unsigned value_empty(int stage) const { return barriers + 8 * (3 * kStages + stage); }
+    // stage: of a Ring, 8 bytes each
+    __device__ __forceinline__ unsigned key_full(unsigned stage) const { return barriers + stage; }
+    __device__ __forceinline__ unsigned key_empty(unsigned stage) const { return barriers + 8 * kStages + stage; }
+    __device__ __forceinline__ unsigned value_full(unsigned stage) const { return barriers + 16 * kStages + stage; }
+    __device__ __forceinline__ unsigned value_empty(unsigned stage) const { return barriers + 24 * kStages + stage; }
     __device__ __forceinline__ unsigned query_full(int buffer) const { return barriers + 8 * (4 * kStages + buffer); }
     __device__ __forceinline__ unsigned query_empty(int buffer) const {
         return barriers + 8 * (4 * kStages + 2 + buffer);
@@ -230,14 +236,19 @@ __device__ __forceinline__ void produce_records(const AttentionParams& p, const 
     }
 }
 
-// Place in the ring of stages.
+// Place in the ring of stages, in steps of the 8 bytes of a barrier, for few instructions.
 struct Ring {
-    unsigned count = 0;  // tiles so far
-    __device__ __forceinline__ void advance() { ++count; }
-    __device__ __forceinline__ unsigned stage() const { return count % kStages; }
-    __device__ __forceinline__ unsigned previous_stage() const { return (count - 1) % kStages; }
-    __device__ __forceinline__ unsigned phase() const { return count / kStages & 1; }
+    unsigned count = 0;  // 8 times the tiles so far, or since turn_back()
+    __device__ __forceinline__ void advance() { count += 8; }
+    // To the same place, but two or three rounds from the start: so the count never comes to 0 again.
+    __device__ __forceinline__ void turn_back() { count = count % (16 * kStages) + 16 * kStages; }
+    __device__ __forceinline__ unsigned stage() const { return count % (8 * kStages); }
+    __device__ __forceinline__ unsigned previous_stage() const { return (count - 8) % (8 * kStages); }
+    __device__ __forceinline__ unsigned phase() const { return count / (8 * kStages) & 1; }
 };
+
+// Of what lies in shared memory once for each stage.
+__device__ __forceinline__ unsigned stage_offset(unsigned stage, int bytes) { return stage * (bytes / 8); }
 
 // --- producers ----------------------------------------------------------------------------------------------
 
@@ -256,15 +267,15 @@ __device__ __forceinline__ void produce_tiles(const AttentionParams& p, const Sh
             const unsigned key_full = map.key_full(ring.stage());
             barrier_wait(map.key_empty(ring.stage()), ring.phase() ^ 1);
             barrier_expect(key_full, kTileBytes + kAuxBytes);
-            bulk_copy(map.key + ring.stage() * kTileBytes, p.k + tile * kTileBytes, kTileBytes, key_full);
-            const unsigned aux = map.aux + ring.stage() * kAuxBytes;
+            bulk_copy(map.key + stage_offset(ring.stage(), kTileBytes), p.k + tile * kTileBytes, kTileBytes, key_full);
+            const unsigned aux = map.aux + stage_offset(ring.stage(), kAuxBytes);
             bulk_copy(aux, p.k_scale + tile * (kScaleBytes / 4), kScaleBytes, key_full);
             if (kFolded) bulk_copy(aux + kScaleBytes, p.v_fold + tile * (2 * kTileKeys), 8 * kTileKeys, key_full);
             const unsigned value_full = map.value_full(ring.stage());
             barrier_wait(map.value_empty(ring.stage()), ring.phase() ^ 1);
             barrier_expect(value_full, kTileBytes);
-            bulk_copy(map.value + ring.stage() * kTileBytes, static_cast<const signed char*>(p.v) + tile * kTileBytes,
-                      kTileBytes, value_full);
+            bulk_copy(map.value + stage_offset(ring.stage(), kTileBytes),
+                      static_cast<const signed char*>(p.v) + tile * kTileBytes, kTileBytes, value_full);
             ring.advance();
         }
     }
@@ -278,6 +289,13 @@ __device__ __forceinline__ unsigned query_offset(int c) {
     const unsigned offset = (row / kGroupRows) * (kGroupRows * DP) + r * kRowBytes;
     if (DP == 64) return offset + ((chunk ^ (r >> 1 & 3)) << 4);
     return offset + (chunk / 8) * (kGroupRows * 128) + ((chunk % 8 ^ (r & 7)) << 4);
+}
+
+// Where the scale of a block's row lies, so that a thread finds those of its two rows by few instructions: of a
+// warpgroup, first the rows that are the first of a thread.
+__device__ __forceinline__ unsigned query_scale_place(int row) {
+    const int group = row / kGroupRows, r = row % kGroupRows;
+    return 4 * (group * kGroupRows + r / 8 % 2 * 32 + r / 16 * 8 + r % 8);
 }
 
 // Negates 16 bytes of shared memory; none is -128.
@@ -308,10 +326,8 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, const 
         }
         const unsigned scales = map.query_scale + buffer * kBlockRows * 4;
 #pragma unroll 1
-        for (int row = thread; row < kBlockRows; row += kQueryLoaders) {
-            const bool inside = row < rows;
-            copy4_async(scales + row * 4, inside ? p.q_scale + first + row : p.q_scale, inside);
-        }
+        for (int row = thread; row < kBlockRows; row += kQueryLoaders)
+            store_float(scales + query_scale_place(row), row < rows ? p.q_scale[first + row] * fabsf(p.scale_log2) : 0.0f);
         const float* v_scale = p.v_scale + static_cast<long long>(item.z) * DP;
 #pragma unroll 1
         for (int channel = thread; channel < DP; channel += kQueryLoaders)

@@ -29,11 +29,13 @@ import numpy as np
 from .quantized import CHANNEL_GROUP, TILE, QuantizedQKV, QuantizedTensor, pack_int4, tiles_of
 
 __all__ = [
+    "FOLD_OFFSET",
     "FORMATS",
     "SCALES",
     "V_BIAS",
     "V_SCALES",
     "key_of_position",
+    "pack_fold",
     "pack_k",
     "pack_q",
     "pack_v",
@@ -50,6 +52,8 @@ Array = Any
 _CHUNK = 16
 #: What is added to V of INT8: adding it to a byte and inverting the byte's highest bit are the same.
 V_BIAS = 128
+#: What is added to the logarithms of folded V's scales (cuda_src/params.cuh).
+FOLD_OFFSET = np.float32(32)
 #: Storage formats and their numbers in cuda_src/params.cuh.
 FORMATS = {"int8": 0, "int4": 1, "fp16": 2, "e4m3": 4, "e5m2": 5}
 #: What one scale of Q or K covers, and of V, with its number there.
@@ -181,6 +185,14 @@ def pack_v(v: Array, fmt: str = "int8") -> Array:
     row, chunk = _swizzle(Dp, TILE // _CHUNK)
     x = x[:, :, :, row, chunk].reshape(B, Hkv, nT, Dp * TILE)
     return x.view(np.uint8) ^ np.uint8(V_BIAS) if fmt == "int8" else x
+
+
+def pack_fold(fold: Array) -> Array:
+    """Pack two numbers of each key (B, Hkv, 2, Sk): into (B, Hkv, nT, 2, 128), in the order of V's keys."""
+    B, Hkv, _, Sk = fold.shape
+    nT = tiles_of(Sk)
+    x = _padded(fold, 2, nT * TILE).reshape(B, Hkv, 2, nT, TILE)
+    return np.ascontiguousarray(x.swapaxes(2, 3)[..., key_of_position()], np.float32)
 
 
 def unpack_v(packed: Array, Sk: int, D: int, fmt: str = "int8") -> Array:

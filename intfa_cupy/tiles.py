@@ -215,8 +215,6 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
     yield from _int8_qk_missing(recipe, ("token", "group"))
     if recipe.v_format != "int8":
         yield f"V in {recipe.v_format} (has int8)"
-    if recipe.folded_v and recipe.k_granularity != "token":
-        yield f"folded V with K's scale per {recipe.k_granularity} (has token)"
     if recipe.p_levels not in (127, 255):
         yield f"{recipe.p_levels} levels of P (has 255, 127)"
 
@@ -394,8 +392,6 @@ def _mma_missing(recipe: Recipe, device: Device) -> Iterator[str]:
         yield f"Q's scale per channel group with K's per {recipe.k_granularity} (has both)"
     if not recipe.integer_p and recipe.p_max != "running":
         yield f"{recipe.p_format} P against the tile's maximum (has the running one)"
-    if recipe.folded_v and recipe.k_granularity in ("group", "tile"):
-        yield f"folded V with K's scale per {recipe.k_granularity} (has all others)"
 
 
 def _mma_tiles(recipe: Recipe, Dp: int, capability: int) -> list[Tile]:

@@ -33,8 +33,6 @@ class Rounding:
         Error of a score in units of its integer, where several keys share a scale.
     value_bias : float
         What is added to INT8 V and taken away from the sum over tiles again, in float32.
-    fixed_point : bool
-        Whether that sum is rescaled in whole units where P stands against a running maximum.
     """
 
     counts: float = 0.51
@@ -42,7 +40,6 @@ class Rounding:
     same_rows: float = 0.5
     score_units: float = 0.0
     value_bias: float = 0.0
-    fixed_point: bool = False
 
 
 #: All kernels round P once, from a float32 exponential; mma and wgmma are held to the looser bound of a P
@@ -54,7 +51,7 @@ ROUNDING = {
     "mma": Rounding(
         counts=0.51 + 255 / 4096, floating_sum=True, same_rows=0.0, score_units=1.5, value_bias=128.0
     ),
-    "wgmma": Rounding(counts=0.51 + 255 / 4096, same_rows=0.0, value_bias=128.0, fixed_point=True),
+    "wgmma": Rounding(counts=0.51 + 255 / 4096, same_rows=0.0, value_bias=128.0),
 }
 
 
@@ -88,7 +85,6 @@ def check_against_model(
         floating_sum=rounding.floating_sum,
         score_units=rounding.score_units,
         value_bias=rounding.value_bias,
-        fixed_point=rounding.fixed_point,
     )
     expected, _ = model.attention_numpy(qkv, problem)
     out = out.astype(np.float64)

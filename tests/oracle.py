@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from intfa_cupy import QuantizedQKV, Recipe
+from intfa_cupy.packing import FOLD_OFFSET
 from intfa_cupy.quantized import TILE
 
 
@@ -56,7 +57,6 @@ def exact_given_quantized(
     floating_sum: bool = False,
     score_units: float = 0.0,
     value_bias: float = 0.0,
-    fixed_point: bool = False,
 ) -> Exact:
     """Exact attention of dequantised tensors, and the bound on what rounding P may change.
 
@@ -74,8 +74,7 @@ def exact_given_quantized(
     all is float32's share: the exponent x has an error of a few 2^-24 |x|, a relative error of each
     probability; and ``score_units`` of what one unit of the integer score is worth. A kernel that sums
     w P (v8 + ``value_bias``) tile by tile, and takes ``value_bias`` sum w P away, rounds both sums in
-    every tile; with ``fixed_point`` and a running maximum the first one to whole units of P v8, while
-    the denominator is at least R.
+    every tile. To the exponents of folded V ``packing.FOLD_OFFSET`` is added.
     """
     recipe, group = qkv.recipe, qkv.q.shape[1] // max(qkv.k.shape[1], 1)
     q, k, v = (
@@ -119,6 +118,7 @@ def exact_given_quantized(
     if "channel" in (recipe.q_granularity, recipe.k_granularity) or not recipe.q_format.startswith("int"):
         magnitude = np.abs(q) @ np.repeat(np.abs(k), group, axis=1).swapaxes(2, 3) * abs(scale)
         size = size + 8 * magnitude.max(axis=3, keepdims=True, initial=0)
+    size = size + recipe.folded_v * math.log(2) * float(FOLD_OFFSET)
     relative = 2.0**-24 * (32 + 6 * size + math.sqrt(x.shape[3]))
     if score_units and recipe.k_granularity in ("group", "tile"):
         k_scale = np.asarray(qkv.k.element_scale(), np.float64).max(axis=(2, 3), initial=0)
@@ -129,9 +129,6 @@ def exact_given_quantized(
         step = np.broadcast_to(np.asarray(qkv.v.element_scale(), np.float64), qkv.v.shape)
         roundings = 4 + -(-x.shape[3] // tile)
         out_bound += 2.0**-23 * roundings * value_bias * (p @ np.repeat(step, group, axis=1)) / total
-        if fixed_point and recipe.p_max == "running":
-            largest = np.repeat(step.max(axis=2, keepdims=True, initial=0), group, axis=1)
-            out_bound += 0.5 * roundings / recipe.p_levels * largest
     lse_bound = -np.log1p(-np.minimum(denominator_error / total, 0.9999)) + relative
     lse_bound = lse_bound[..., 0] + 2.0**-22 * np.where(np.isfinite(lse), np.abs(lse), 0)
     return Exact(out, lse, out_bound, lse_bound)

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.skipif(cpu_cuda.unavailable() is not None, reason=str(c
 
 R = intfa.recipes()
 RUNNING = Recipe(p_max="running", k_granularity="group")
+TOKENS = R["int8"].replace(k_granularity="token")
 
 
 @functools.cache
@@ -95,6 +96,7 @@ VARIANTS = (
     kernel_for(R["int8"], 64, "bfloat16"),
     kernel_for(R["int8"], 128, "float32", "pairs"),
     kernel_for(R["int8"], 256, "float16", "pairs unmasked"),
+    kernel_for(TOKENS, 128, "float16"),
     kernel_for(R["paper-int8"], 64, "float32"),
     kernel_for(RUNNING, 128, "float16"),
     kernel_for(RUNNING, 64, "float32", "unmasked"),

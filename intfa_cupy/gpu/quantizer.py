@@ -158,7 +158,7 @@ def _results(p: Problem, Dp: int, tiles: int, lse_shift: bool) -> list[tuple[str
     if recipe.q_granularity == "head":
         results += [("q_head_scale", (B, H), f32)]
     if recipe.folded_v:
-        results += [("v_fold", (B, Hkv, tiles * TILE, 2), f32), ("v_token", (B, Hkv, tiles * TILE), f32)]
+        results += [("v_fold", (B, Hkv, tiles, 2, TILE), f32), ("v_token", (B, Hkv, tiles * TILE), f32)]
     if recipe.smooth_k:
         results += [("k_mean", (B, Hkv, Dp), f32)]
         if lse_shift:

@@ -67,8 +67,8 @@ def operands(qkv: QuantizedQKV) -> dict[str, np.ndarray]:
         token = np.asarray(qkv.v.scale)
         with np.errstate(invalid="ignore"):
             largest = token.max(axis=2, keepdims=True, initial=0)
-            pairs = np.stack([np.log2(token / largest), largest / token], axis=3)
-        values["v_fold"] = _padded(pairs, 2, tiles_of(Sk) * TILE)
+            fold = np.stack([packing.FOLD_OFFSET + np.log2(token / largest), largest / token], axis=2)
+        values["v_fold"] = packing.pack_fold(fold)
         values["v_token"] = _padded(token, 2, tiles_of(Sk) * TILE)
         v_scale[:] = largest
     elif recipe.v_granularity == "channel":
