@@ -592,6 +592,10 @@ struct Consumer {
         row_maxima<masked>(s, scale, m);
     }
 
+    __device__ __forceinline__ bool value_here(const Place& place) const {
+        return barrier_test(map.value_full(place.ring.stage()), place.ring.phase());
+    }
+
     __device__ __forceinline__ bool next_key_ready() const {
         Ring next = at.ring;
         next.advance();
@@ -607,9 +611,11 @@ struct Consumer {
     __device__ __forceinline__ void second_half(int (&s)[64], const Place& place, const float (&scale)[2],
                                                 const float (&m)[2], float (&sum)[2]) {
         float shift[2];
-        const bool value_ready = barrier_test(map.value_full(place.ring.stage()), place.ring.phase());
+        bool value_ready = false;
+        if (!kTestLate) value_ready = value_here(place);
         choose_shift<masked>(m, shift);
         exponentials<masked>(s, scale, shift, place, sum);
+        if (kTestLate) value_ready = value_here(place);
         if (!value_ready) barrier_wait(map.value_full(place.ring.stage()), place.ring.phase());
     }
 
@@ -734,9 +740,11 @@ struct Consumer {
                 wgmma_wait<0>(s);
                 read_scales(scale);
                 first_half<MASKED>(s, here, scale, m);
-                const bool key_ready = next_key_ready();
+                bool key_ready = false;
+                if (!kTestLate) key_ready = next_key_ready();
                 second_half<MASKED>(s, here, scale, m, sum);
                 if (!kSettleLate) settle_and_leave(m, sum, here);
+                if (kTestLate) key_ready = next_key_ready();
                 constexpr int width = kHalves ? 64 : 128;  // channels of a product
 #pragma unroll
                 for (int channel = 0; channel < DP; channel += width) {

@@ -44,15 +44,25 @@ static_assert(K_SCALE == kScaleGroup || K_SCALE == kScaleToken, "K scale per tok
 struct Order {
     int row_words, block_words, chain;
 };
-constexpr Order kOrder = kFolded                        ? Order{1, 2, 6}
-                         : !kRaw || !kTileMax           ? Order{1, 2, DP == 256 ? 3 : DP == 128 ? 6 : 8}
-                         : DP == 256                    ? Order{1, 2, 3}
-                         : DP == 128                    ? Order{4, 4, 1}
-                         : MASKED || kConsumers == 2    ? Order{1, 2, 4}
-                                                        : Order{4, 2, 4};
+constexpr Order order() {
+    if (kFolded) {
+        if (DP == 64) return {1, 4, 3};
+        if (DP == 256) return {1, 2, 2};
+        if (K_SCALE == kScaleToken) return {1, 2, MASKED ? 4 : 6};
+        return MASKED ? Order{1, 4, 2} : Order{1, 2, 4};
+    }
+    if (!kRaw || !kTileMax) return {1, 2, 6};
+    if (DP == 256) return {1, 2, 3};
+    if (DP == 128) return MASKED ? Order{4, 2, 4} : Order{4, 4, 1};
+    if (kConsumers == 2) return MASKED ? Order{2, 4, 2} : Order{2, 2, 2};
+    return MASKED ? Order{1, 2, 4} : Order{4, 2, 4};
+}
+constexpr Order kOrder = order();
 static_assert(!kFolded || kOrder.row_words == 1, "the sum of P takes both rows of a key");
 // The sum of P is taken while P V is under way, not before it is issued.
-constexpr bool kSettleLate = DP == 64 && !PIPELINED;
+constexpr bool kSettleLate = !PIPELINED && (DP == 64 || (DP == 256 && kTileMax));
+// Whether V and the next K are there is looked up behind the exponentials, not before.
+constexpr bool kTestLate = !PIPELINED && (DP == 64 || (kFolded && K_SCALE == kScaleToken));
 // Fewer instructions for float16 results; at d = 64 the compiler makes a loop 6 % slower of it.
 constexpr bool kSaturateAtOnce = DP > 64;
 

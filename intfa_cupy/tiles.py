@@ -202,7 +202,7 @@ def _wmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
 
 def _wmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
     options = _WMMA[Dp]
-    if recipe.k_granularity != "token" and not recipe.folded_v and Dp < 256:
+    if recipe.k_granularity != "token" and Dp < (128 if recipe.folded_v else 256):
         # Without a scale per key one more block fits, if Q leaves the registers.
         options = (_Wmma(query_in_registers=False, min_blocks=3), *options)
     return [_wmma_tile(recipe, Dp, option) for option in options]
@@ -222,7 +222,7 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
 def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
     # As many warpgroups as registers allow, to fill each other's gaps; two where three would waste rows.
     choices: tuple[int, ...] = (2,) if Dp == 256 else (3,)
-    if Dp == 64 and recipe.p_max == "tile" and recipe.k_granularity == "group":
+    if Dp == 64 and recipe.p_max == "tile" and recipe.k_granularity == "group" and not recipe.folded_v:
         choices = (3, 2)
     return [_wgmma_tile(recipe, Dp, consumers) for consumers in choices]
 
@@ -311,8 +311,10 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
         # The logarithms of folded V take the registers of products.
         three = _Mma(beside=4, query_in_registers=False, min_blocks=3)
         if recipe.folded_v:
-            three = replace(three, beside=2, fence=8 if capability >= 120 else 0)
+            three = replace(three, beside=1, fence=8) if capability >= 120 else replace(three, beside=2)
         four = _Mma(beside=0, fence=1 if capability < 90 else 4, query_in_registers=False, min_blocks=4)
+        if recipe.folded_v:
+            four = replace(four, fence=0)
         if recipe.p_max == "running" or capability >= 100 or (recipe.folded_v and capability < 90):
             return _with_less_memory(three)
         return [four, *_with_less_memory(three)]
@@ -321,8 +323,13 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
             stash = 8 if capability // 10 == 10 else 0
             return [_Mma(buffers=1, fence=8, query_in_registers=False, min_blocks=2, stash=stash)]
         fence |= int(channel_scales and capability // 10 == 10)
-        one, two = (1, 2) if channel_scales and recipe.folded_v and capability < 100 else (fence, fence)
-        return [_Mma(beside=8, fence=two, min_blocks=2), _Mma(buffers=1, fence=one, min_blocks=2)]
+        two = _Mma(beside=8, fence=fence, min_blocks=2)
+        if channel_scales and recipe.folded_v:
+            two = replace(two, beside=4, fence=1 if capability < 100 else fence)
+        elif recipe.folded_v and capability < 100:
+            two = replace(two, fence=2)
+        one = int(channel_scales and recipe.folded_v and capability < 100)
+        return [two, _Mma(buffers=1, fence=one or fence, min_blocks=2)]
     large = _Mma(buffers=1, beside=0, query_in_registers=False, fence=2)
     if fp8:
         return [replace(large, fence=3, stash=4)]
@@ -334,8 +341,8 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
         return [replace(large, fence=15, stash=8)]
     if recipe.folded_v:
         if capability >= 100:
-            return [replace(large, stash=8), replace(large, fence=10, stash=4)]
-        return [large]
+            return [replace(large, fence=10, stash=8), replace(large, fence=10, stash=4)]
+        return [replace(large, fence=6) if capability < 90 else replace(large, fence=1, stash=2)]
     if recipe.k_granularity == "token" and capability >= 120:
         return [replace(large, stash=8)]
     if capability >= 100:

@@ -26,9 +26,11 @@ from intfa_cupy.problem import Problem
 pytestmark = pytest.mark.gpu
 R = intfa.recipes()
 KERNELS = ("wgmma", "mma", "wmma")
+TOKENS = R["int8"].replace(k_granularity="token")
 RECIPES = [R[n] for n in ("int8", "int8-fast", "paper-int8", "half-int8", "half-int8-plus")] + [
     Recipe(k_granularity="tile", v_granularity="head", p_levels=127),
     Recipe(p_max="running", v_granularity="token"),
+    TOKENS,
     *(R[n] for n in ("int4", "k4", "fp16", "fp8-e4m3", "fp8-e5m2")),
 ]
 HEAD_DIMS = (1, 33, 64, 80, 128, 256)
@@ -132,6 +134,23 @@ def test_call_in_a_graph_on_another_stream(kernel: str) -> None:
         graph.launch(stream)
     stream.synchronize()
     np.testing.assert_array_equal(out.get(), expected.get())
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("recipe", [R["int8"], TOKENS, R["int8-fast"]], ids=["int8", "tokens", "int8-fast"])
+@pytest.mark.parametrize("kernel", ["wgmma", "mma"])
+def test_many_launches_give_the_same_bits(kernel: str, recipe: Recipe, D: int) -> None:
+    """A buffer that is overwritten while some thread still reads it shows in one launch of ten, if at all."""
+    case = sts.Case(B=1, H=2048 // D, Hkv=2048 // D, Sq=8192, Sk=8192, D=D, dtype="float16")
+    x = [to_device(a) for a in case.logical()]
+    try:
+        qkv = intfa.quantize_qkv(*x, recipe=recipe, backend=kernel)
+    except dispatch.UnsupportedError as error:
+        pytest.skip(str(error))
+    first = intfa.attention_quantized(qkv, backend=kernel, out_dtype="float16")
+    for _ in range(60):
+        again = intfa.attention_quantized(qkv, backend=kernel, out_dtype="float16")
+        assert bool((again.view(np.uint16) == first.view(np.uint16)).all())
 
 
 @pytest.mark.slow
