@@ -28,9 +28,10 @@
 //
 //     S | row maxima | exponentials to P | P V | O += P V
 //
-// and three warpgroups fill each other's gaps; DP = 256 has registers for two. DP = 64 has registers for an array of its
-// own for P V (PIPELINED, with group scales of K and P against the tile's maximum), and its products run beside its own
-// other work:
+// and three warpgroups fill each other's gaps; DP = 256 has registers for two, DP = 64 without a mask for four: the
+// last scores are done with first, P takes their place and P V the place of the first ones. With a mask, DP = 64 has
+// registers for an array of its own for P V (PIPELINED, with group scales of K and P against the tile's maximum), and its
+// products run beside its own other work:
 //
 //     step j:  row maxima of S(j) | wait P V(j-1) | O += P V(j-1) beside the exponentials of S(j) to P
 //              | issue S(j+1), P V(j)
@@ -65,7 +66,7 @@
 //     V_FOLDED    1: V has a scale per key, folded into the exponent
 //     P_TILE_MAX  1: P against the tile's maximum; 0: against the running maximum
 //     P_LEVELS    255 or 127
-//     CONSUMERS   3, or 2
+//     CONSUMERS   3, or 2; 4 with DP 64 and MASKED 0
 //     STAGES      ring depth, a power of two
 //     OUT_DTYPE   kFloat16 (0), kBFloat16 (1), kFloat32 (2)
 //     OUT_PAIRS   1: the caller knows that D = DP, out_channel = 1, and that rows of out start at multiples of 16
@@ -107,6 +108,7 @@ __device__ __forceinline__ constexpr int score_of(int word, int n) {
 
 // The v-th word of P in the order in which they are made: kOrder.row_words of a row, then of the other.
 __device__ __forceinline__ constexpr int word_of(int v) {
+    if (kInPlace) return (v + 12) % 16;  // first those whose scores make room for all
     return v / (2 * kOrder.row_words) * (2 * kOrder.row_words) + v / kOrder.row_words % 2 + v % kOrder.row_words * 2;
 }
 
@@ -151,7 +153,7 @@ struct Consumer {
 
     // Accumulators, P and the state of the two rows.
     float o[DP / 2];    // in units of kUnitOfO
-    unsigned prob[16];
+    unsigned own[kInPlace ? 1 : 16];  // P
     float reference[2]; // where O and l stand; kNowhere: the row has seen nothing
     float l[2];         // this lane's share, in O's unit unless V is folded
     float count[2];     // V folded: this lane's share of c, which is l elsewhere
@@ -169,7 +171,7 @@ struct Consumer {
         for (int i = 0; i < DP / 2; ++i) o[i] = 0.0f;
         for (int r = 0; r < 2; ++r) factor[r] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) prob[i] = 0;
+        for (unsigned& word : own) word = 0;
     }
 
     __device__ __forceinline__ void arrive(unsigned barrier) const {
@@ -177,8 +179,8 @@ struct Consumer {
     }
 
     // The same, of memory that the thread has loaded from. read: made of all that it loaded, which is then waited for.
-    // An arrival alone orders the loads before it against other threads, not against bulk copies: one in 10^8 was seen to
-    // find what the next copy had brought.
+    // An arrival alone orders the loads before it against other threads, not against bulk copies: some launches had a row
+    // with what the next copy had brought.
     __device__ __forceinline__ void arrive_after(unsigned barrier, float read) const {
         arrive(barrier | (static_cast<unsigned>(__float_as_int(read)) & never));
     }
@@ -221,6 +223,14 @@ struct Consumer {
         return reinterpret_cast<int(&)[32]>(s[32 * which]);
     }
 
+    // Word w of P. In place: in the last 16 scores, which are done with first, in the order of word_of().
+    __device__ __forceinline__ const unsigned& prob(const int (&s)[64], int w) const {
+        return kInPlace ? reinterpret_cast<const unsigned&>(s[48 + (w + 4) % 16]) : own[kInPlace ? 0 : w];
+    }
+    __device__ __forceinline__ unsigned& prob(int (&s)[64], int w) {
+        return kInPlace ? reinterpret_cast<unsigned&>(s[48 + (w + 4) % 16]) : own[kInPlace ? 0 : w];
+    }
+
     // S = Q K^T of the cursor's tile. Past the last item the product repeats old data, so that the code has one path.
     __device__ __forceinline__ void issue_scores(int (&s)[64]) const {
         const unsigned a = at.query;
@@ -231,7 +241,7 @@ struct Consumer {
             const unsigned step = k % 4 * kDescriptorStep32;
             const unsigned long long da = descriptor(a + k / 4 * (kGroupRows * 128 >> 4) + step, kScoreHigh);
             const unsigned long long db = descriptor(b + k / 4 * (kTileKeys * 128 >> 4) + step, kScoreHigh);
-            if (kHalves) {  // or the compiler would not use half of the array for something else
+            if (kHalves && !kInPlace) {  // or the compiler would not use half of the array for something else
                 wgmma_s8s8(half<0>(s), da, db, k > 0);
                 wgmma_s8s8(half<1>(s), da, descriptor(b + (64 * kRowBytes >> 4) + step, kScoreHigh), k > 0);
             } else {
@@ -243,12 +253,12 @@ struct Consumer {
 
     // acc = P V of 2 n channels from the given one.
     template <int n>
-    __device__ __forceinline__ void issue_values(int (&acc)[n], unsigned stage, int channel) const {
+    __device__ __forceinline__ void issue_values(int (&acc)[n], const int (&s)[64], unsigned stage, int channel) const {
         const unsigned b = value_low + stage_offset(stage, kTileBytes >> 4) + channel * (128 >> 4);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-            wgmma_u8u8(acc, prob + 4 * k, descriptor(b + k * kDescriptorStep32, kValueHigh), k > 0);
+            wgmma_u8u8(acc, &prob(s, 4 * k), descriptor(b + k * kDescriptorStep32, kValueHigh), k > 0);
         wgmma_commit();
     }
 
@@ -321,13 +331,13 @@ struct Consumer {
     }
 
     // Zero the probabilities of hidden keys: a tiny scale would let them through.
-    __device__ __forceinline__ void hide_probabilities(const Place& place) {
+    __device__ __forceinline__ void hide_probabilities(int (&s)[64], const Place& place) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const unsigned bits = visible_bits(place, r);
 #pragma unroll
             for (int w = r; w < 16; w += 2)
-                prob[w] &= ((bits >> 2 * (w - r) & 15u) * 0x00204081u & 0x01010101u) * 255u;
+                prob(s, w) &= ((bits >> 2 * (w - r) & 15u) * 0x00204081u & 0x01010101u) * 255u;
         }
     }
 
@@ -410,16 +420,16 @@ struct Consumer {
         }
     }
 
-    // The factor of this tile's product, and l. sum: this lane's share of the tile's P. Nothing that P waits for: it runs
-    // beside the product.
-    __device__ __forceinline__ void settle(const float (&m)[2], const float (&sum)[2]) {
+    // The factor of this tile's product, and l. sum: this lane's share of the tile's P. Nothing that P waits for, so it
+    // can run beside the product.
+    __device__ __forceinline__ void settle(const int (&s)[64], const float (&m)[2], const float (&sum)[2]) {
         if (kTileMax) move_reference(m);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             factor[r] = kTileMax ? kProductRoom * exp2_fast(m[r] - reference[r]) : kProductRoom;
             unsigned counted[2] = {0, 0};
 #pragma unroll
-            for (int w = r; w < 16; w += 2) counted[w / 8] = __dp4a(prob[w], 0x01010101u, counted[w / 8]);
+            for (int w = r; w < 16; w += 2) counted[w / 8] = __dp4a(prob(s, w), 0x01010101u, counted[w / 8]);
             float& c = kFolded ? count[r] : l[r];
             c = fmaf(__int_as_float(static_cast<int>(counted[0] + counted[1])), factor[r], c);
             if (kFolded) l[r] = fmaf(sum[r] * (1.0f / kProductRoom), factor[r], l[r]);
@@ -445,7 +455,7 @@ struct Consumer {
             for (int v = first; v < first + kOrder.block_words; v += kOrder.row_words) {
                 const int r = word_of(v) & 1;
                 if (first >= kOrder.chain * kOrder.block_words)
-                    shifts[r] = after(shifts[r], prob[word_of(v - kOrder.chain * kOrder.block_words)]);
+                    shifts[r] = after(shifts[r], prob(s, word_of(v - kOrder.chain * kOrder.block_words)));
             }
 #pragma unroll
             for (int v = first; v < first + kOrder.block_words; ++v) {
@@ -461,7 +471,8 @@ struct Consumer {
             }
             if (kFolded) {
 #pragma unroll
-                for (int i = 4 * first; i < 4 * (first + kOrder.block_words); i += 8) {
+                for (int v = first; v < first + kOrder.block_words; v += 2) {
+                    const int i = 4 * word_of(v);
                     const float4 value = load_float4(fold + 8 * i);
 #pragma unroll
                     for (int n = 0; n < 8; ++n)
@@ -471,11 +482,11 @@ struct Consumer {
 #pragma unroll
             for (int v = first; v < first + kOrder.block_words; ++v) {
                 const int w = word_of(v);
-                prob[w] = round_bytes(__int_as_float(s[score_of(w, 0)]), __int_as_float(s[score_of(w, 1)]),
-                                      __int_as_float(s[score_of(w, 2)]), __int_as_float(s[score_of(w, 3)]));
+                prob(s, w) = round_bytes(__int_as_float(s[score_of(w, 0)]), __int_as_float(s[score_of(w, 1)]),
+                                         __int_as_float(s[score_of(w, 2)]), __int_as_float(s[score_of(w, 3)]));
             }
         }
-        if (masked && !kFolded && __builtin_expect(place.masked, 0)) hide_probabilities(place);
+        if (masked && !kFolded && __builtin_expect(place.masked, 0)) hide_probabilities(s, place);
     }
 
     // The rows of the cursor's item. The first tile that they see moves the reference.
@@ -641,7 +652,7 @@ struct Consumer {
     __device__ __forceinline__ void probabilities(int (&s)[64], int (&product)[32], const Place& here,
                                                   const float (&scale)[2], float (&m)[2], float (&sum)[2]) {
         if (!masked) first_half<masked>(s, here, scale, m);
-        wgmma_wait<0>(product, prob);
+        wgmma_wait<0>(product, own);
         if (here.ring.count > 0) arrive(map.value_empty(here.ring.previous_stage()));
         add_product(product, 0);
         if (masked) first_half<masked>(s, here, scale, m);  // hiding scores needs the product's registers
@@ -661,7 +672,7 @@ struct Consumer {
         else
             probabilities<false>(s, product, here, scale, m, sum);
         if (MASKED) key_ready = next_key_ready();
-        settle(m, sum);
+        settle(s, m, sum);
         at.ring.advance();
         if (__builtin_expect(here.last, 0)) {
             ++at.round;
@@ -669,12 +680,12 @@ struct Consumer {
         }
         wait_key(key_ready);
         issue_scores(s);
-        issue_values(product, here.ring.stage(), 0);
+        issue_values(product, s, here.ring.stage(), 0);
     }
 
     // At the first tile of an item: ends the item before, whose last product is under way. True past the last item.
     __device__ __forceinline__ bool change_item(int (&product)[32]) {
-        wgmma_wait<0>(product, prob);
+        wgmma_wait<0>(product, own);
         if (at.round > 0) {
             add_product(product, 0);
             finish_item(at.round - 1);
@@ -710,17 +721,27 @@ struct Consumer {
     }
 #else
     // Gives back what lies beside K, too, if the exponentials read it: then l has all that was read in it.
-    __device__ __forceinline__ void settle_and_leave(const float (&m)[2], const float (&sum)[2], const Place& place) {
-        settle(m, sum);
+    __device__ __forceinline__ void settle_and_leave(const int (&s)[64], const float (&m)[2], const float (&sum)[2],
+                                                     const Place& place) {
+        settle(s, m, sum);
         if (!kRaw) arrive_after(map.key_empty(place.ring.stage()), l[0]);
     }
 
     // What a product takes of the array that the scores were in.
     static __device__ __forceinline__ auto& product_of(int (&s)[64]) {
         if constexpr (kHalves)
-            return half<1>(s);
+            return half<kInPlace ? 0 : 1>(s);
         else
             return s;
+    }
+
+    // P and its product, which is part of s or is s.
+    template <int n>
+    __device__ __forceinline__ void wait_values(int (&product)[n], int (&s)[64]) {
+        if constexpr (n < 64 && kInPlace)
+            wgmma_wait<0>(s);
+        else
+            wgmma_wait<0>(product, own);
     }
 
     __device__ __forceinline__ void run() {
@@ -743,15 +764,15 @@ struct Consumer {
                 bool key_ready = false;
                 if (!kTestLate) key_ready = next_key_ready();
                 second_half<MASKED>(s, here, scale, m, sum);
-                if (!kSettleLate) settle_and_leave(m, sum, here);
+                if (!kSettleLate) settle_and_leave(s, m, sum, here);
                 if (kTestLate) key_ready = next_key_ready();
                 constexpr int width = kHalves ? 64 : 128;  // channels of a product
 #pragma unroll
                 for (int channel = 0; channel < DP; channel += width) {
                     auto& product = product_of(s);
-                    issue_values(product, here.ring.stage(), channel);
-                    if (kSettleLate && channel == 0) settle_and_leave(m, sum, here);
-                    wgmma_wait<0>(product, prob);
+                    issue_values(product, s, here.ring.stage(), channel);
+                    if (kSettleLate && channel == 0) settle_and_leave(s, m, sum, here);
+                    wait_values(product, s);
                     add_product(product, channel / 2);
                 }
                 arrive(map.value_empty(here.ring.stage()));

@@ -28,7 +28,7 @@
 //   V        Dp x 128 bytes, v + 128, as blocks (channel / 16, position / 16), too; kHalfPV: 128 rows of Dp + 8 halves.
 //            With kBuffers = 1, K and V take turns in one place.
 //   k_scale  128 floats, if K has a scale per key
-//   fold     2 x 128 floats, if V is folded: kFoldOffset + log2 of the keys' scales, reciprocals of the scales; by position
+//   fold     2 x 128 floats by position, if V is folded: kFoldOffset + log2 of the keys' scales, their reciprocals
 //   for each warp:
 //     scores 16 x 136 int32; at the start Q, at the end O
 //     P      8 blocks of 16x16 bytes, or 16 x 136 halves: over the scores if they fit in registers (kKeepScores)

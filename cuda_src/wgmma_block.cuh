@@ -13,7 +13,7 @@
 #define RAW (K_SCALE == 1 && !V_FOLDED)
 // Whether the products of a warp run beside its other work. It takes registers besides those of the scores. (With a
 // running maximum the compiler has the products wait for each other.)
-#define PIPELINED (P_TILE_MAX && DP == 64 && RAW)
+#define PIPELINED (P_TILE_MAX && DP == 64 && RAW && CONSUMERS < 4)
 
 namespace intfa {
 
@@ -25,10 +25,11 @@ constexpr int kConsumers = CONSUMERS;     // warpgroups that compute
 constexpr int kGroupRows = 64;            // query rows of each
 constexpr int kBlockRows = kConsumers * kGroupRows;
 constexpr int kThreads = 128 * (1 + kConsumers);
-// A block starts with 65536 / kThreads registers a thread, in eights: 128 with four warpgroups, 168 with three.
-constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+// A block starts with 65536 / kThreads registers a thread, in eights, and has no more in sum: 96 with five warpgroups,
+// 128 with four, 168 with three.
+constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
 constexpr int kQueryLoaders = 64;         // threads that copy Q
-constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : 232;
 
 // --- what runs beside what: found by measurement ------------------------------------------------------------
 
@@ -54,8 +55,8 @@ constexpr Order order() {
     if (!kRaw || !kTileMax) return {1, 2, 6};
     if (DP == 256) return {1, 2, 3};
     if (DP == 128) return MASKED ? Order{4, 2, 4} : Order{4, 4, 1};
-    if (kConsumers == 2) return MASKED ? Order{2, 4, 2} : Order{2, 2, 2};
-    return MASKED ? Order{1, 2, 4} : Order{4, 2, 4};
+    if (kConsumers == 4) return {1, 4, 3};
+    return kConsumers == 2 ? Order{2, 4, 2} : Order{1, 2, 4};
 }
 constexpr Order kOrder = order();
 static_assert(!kFolded || kOrder.row_words == 1, "the sum of P takes both rows of a key");
@@ -67,10 +68,14 @@ constexpr bool kTestLate = !PIPELINED && (DP == 64 || (kFolded && K_SCALE == kSc
 constexpr bool kSaturateAtOnce = DP > 64;
 
 static_assert(DP == 64 || DP == 128 || DP == 256, "head dimension is padded to 64, 128 or 256");
-static_assert(kConsumers == 2 || (kConsumers == 3 && DP <= 128), "what the registers allow");
+static_assert(kConsumers == 2 || (kConsumers == 3 && DP <= 128) || (kConsumers == 4 && DP == 64 && !MASKED),
+              "what the registers allow");
 
-// Whether the product of 64 channels takes half of the array that the scores were in.
+// Whether the product of 64 channels takes half of the array that the scores were in, and P the place of scores that are
+// done with.
 constexpr bool kHalves = DP == 64 && !PIPELINED;
+constexpr bool kInPlace = kConsumers == 4;
+static_assert(!kInPlace || kOrder.row_words == 1, "a word of P has the place of a score that is done with");
 
 // Where the O and l of a row stand that has seen nothing.
 constexpr float kNowhere = -3.402823466e38f;
@@ -337,7 +342,8 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, const 
         const unsigned scales = map.query_scale + buffer * kBlockRows * 4;
 #pragma unroll 1
         for (int row = thread; row < kBlockRows; row += kQueryLoaders)
-            store_float(scales + query_scale_place(row), row < rows ? p.q_scale[first + row] * fabsf(p.scale_log2) : 0.0f);
+            store_float(scales + query_scale_place(row),
+                        row < rows ? p.q_scale[first + row] * fabsf(p.scale_log2) : 0.0f);
         const float* v_scale = p.v_scale + static_cast<long long>(item.z) * DP;
 #pragma unroll 1
         for (int channel = thread; channel < DP; channel += kQueryLoaders)

@@ -220,10 +220,11 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
 
 
 def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
-    # As many warpgroups as registers allow, to fill each other's gaps; two where three would waste rows.
+    # As many warpgroups as registers allow, to fill each other's gaps: four where nothing is masked, two where
+    # more would waste rows.
     choices: tuple[int, ...] = (2,) if Dp == 256 else (3,)
     if Dp == 64 and recipe.p_max == "tile" and recipe.k_granularity == "group" and not recipe.folded_v:
-        choices = (3, 2)
+        choices = (4, 3, 2)
     return [_wgmma_tile(recipe, Dp, consumers) for consumers in choices]
 
 
@@ -246,14 +247,15 @@ def _wgmma_tile(recipe: Recipe, Dp: int, consumers: int) -> Tile:
     return Tile("wgmma", rows, 128 * (1 + consumers), shared, tuple(macros.items()), persistent=True)
 
 
-# A row and a tile of keys take this much longer in a block of two warpgroups than of three: between 1.04,
-# under a causal mask, and 1.15 (d = 64, 16k keys, an H200).
+# A row and a tile of keys take this much longer in a block of two warpgroups than of three (d = 64, an H200).
 _TWO_WARPGROUPS = 1.075
 
 
 @lru_cache(maxsize=1024)
 def _wgmma_fastest(tiles: tuple[Tile, ...], problem: Problem, sms: int) -> Tile:
     """Return the tile of the least estimated time, where there is a choice."""
+    masked = _hides_keys(problem)
+    tiles = tuple(tile for tile in tiles if masked != (tile.rows == 4 * tile.piece)) or tiles
     if len(tiles) == 1:
         return tiles[0]
 
@@ -505,9 +507,14 @@ def find(name: str, problem: Problem, device: Device) -> tuple[Tile | None, str 
             None,
             f"needs {blocks:,} blocks for Sq = {problem.Sq}, Sk = {problem.Sk}; the limits are 2^31 and 2^30",
         )
-    if tile.specializes and not problem.masked and problem.Sk % TILE == 0:
+    if tile.specializes and not _hides_keys(problem):
         tile = replace(tile, masked=False)
     return tile, None
+
+
+def _hides_keys(problem: Problem) -> bool:
+    """Whether some row may not see some key of a tile."""
+    return problem.masked or problem.Sk % TILE != 0
 
 
 def variants(name: str, recipe: Recipe, arch: str) -> list[Tile]:

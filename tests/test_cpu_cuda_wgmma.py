@@ -65,7 +65,8 @@ class Variant:
     def __repr__(self) -> str:
         r = self.recipe
         recipe = r.name if r.name != "custom" else f"{r.p_max}-{r.k_granularity}-{r.v_granularity}"
-        options = "-two" * (self.tile.rows == 128 and self.Dp < 256) + "-pairs" * self.pairs
+        options = "-two" * (self.tile.rows == 128 and self.Dp < 256) + "-four" * (self.tile.rows == 256)
+        options += "-pairs" * self.pairs
         options += "-unmasked" * (not self.tile.masked)
         return f"{recipe}-{self.Dp}-{self.out_dtype}{options}"
 
@@ -79,10 +80,11 @@ class Variant:
 
 
 def kernel_for(recipe: Recipe, Dp: int, out_dtype: str, options: str = "") -> Variant:
-    """The kernel of most warpgroups, or of two."""
-    tile, *others = [t for t in tiles.variants("wgmma", recipe, "sm_90a") if t.defines(out_dtype)["DP"] == Dp]
-    if "two" in options:
-        (tile,) = others
+    """The kernel of three warpgroups, two at Dp = 256, or of as many as the options say."""
+    rows = {"two": 128, "four": 256}
+    wanted = next((rows[o] for o in options.split() if o in rows), 128 if Dp == 256 else 192)
+    found = [t for t in tiles.variants("wgmma", recipe, "sm_90a") if t.defines(out_dtype)["DP"] == Dp]
+    (tile,) = [t for t in found if t.rows == wanted]
     tile = dataclasses.replace(tile, masked="unmasked" not in options)
     return Variant(recipe, tile, "pairs" in options, out_dtype)
 
@@ -90,7 +92,8 @@ def kernel_for(recipe: Recipe, Dp: int, out_dtype: str, options: str = "") -> Va
 VARIANTS = (
     kernel_for(R["int8-fast"], 64, "float16"),
     kernel_for(R["int8-fast"], 64, "float16", "two"),
-    kernel_for(R["int8-fast"], 64, "bfloat16", "two pairs unmasked"),
+    kernel_for(R["int8-fast"], 64, "bfloat16", "four pairs unmasked"),
+    kernel_for(R["int8-fast"], 64, "float32", "four unmasked"),
     kernel_for(R["int8-fast"], 128, "bfloat16", "pairs unmasked"),
     kernel_for(R["int8-fast"], 256, "float32", "pairs"),
     kernel_for(R["int8"], 64, "bfloat16"),
