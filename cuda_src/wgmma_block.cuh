@@ -55,7 +55,7 @@ constexpr Order order() {
     if (!kRaw || !kTileMax) return {1, 2, 6};
     if (DP == 256) return {1, 2, 3};
     if (DP == 128) return MASKED ? Order{4, 2, 4} : Order{4, 4, 1};
-    if (kConsumers == 4) return {1, 4, 3};
+    if (kConsumers == 4) return {1, 4, OUT_PAIRS ? 3 : 2};  // else a register is lacking
     return kConsumers == 2 ? Order{2, 4, 2} : Order{1, 2, 4};
 }
 constexpr Order kOrder = order();

@@ -220,8 +220,8 @@ def _wgmma_missing(recipe: Recipe, _: Device) -> Iterator[str]:
 
 
 def _wgmma_tiles(recipe: Recipe, Dp: int, _: int) -> list[Tile]:
-    # As many warpgroups as registers allow, to fill each other's gaps: four where nothing is masked, two where
-    # more would waste rows.
+    # As many warpgroups as registers allow, to fill each other's gaps: four where nothing is masked; two
+    # where three would waste rows.
     choices: tuple[int, ...] = (2,) if Dp == 256 else (3,)
     if Dp == 64 and recipe.p_max == "tile" and recipe.k_granularity == "group" and not recipe.folded_v:
         choices = (4, 3, 2)
