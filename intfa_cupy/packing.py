@@ -13,6 +13,8 @@ V   of one byte, a tile: transposed because 8-bit tensor-core operands run along
     that a thread holds after Q K^T are the four consecutive ones that P @ V wants of it;
     INT8 is stored as v + 128, for P @ V then has only products that are not negative
     of two bytes: rows as they are, zero-padded to whole tiles
+V's scales per token, a tile: FOLD_OFFSET + their binary logarithms relative to the head's largest, then
+    that one divided by each; 128 floats each, in the order of V's positions
 
 INT4: a group of 32 channels is 16 bytes, byte c of which holds channel c below and channel 16 + c above.
 The XORs are the tensor cores' own shared-memory swizzles: a tile is copied as it lies.
