@@ -15,8 +15,8 @@
 // 2^-149 times itself (the subnormals and the first normals), and joins O without a conversion.
 //
 // m_ref is the maximum of the row's first visible tile. It moves, and O and l with it, only when a tile exceeds
-// it by more than 60: float32 has room for the growth. With P_TILE_MAX=0 (the paper's scheme) P stands against the
-// running maximum instead, and O and l are rescaled in every tile.
+// it by more than 60: float32 has room for the growth. With P_TILE_MAX=0 (the paper's scheme) m_t and m_ref are the
+// running maximum instead, with which O and l are rescaled whenever it moves.
 //
 // A block is persistent, one per SM. Its warpgroup 0 brings data in with few registers: one thread issues 1-D bulk
 // copies of packed K and V tiles (already swizzled and transposed by the quantiser) into a ring of stages, one works

@@ -117,6 +117,15 @@ def test_compiles_for_every_architecture_without_spills(source: str) -> None:
         faults = [*report.serialized, *report.setmaxnreg_ignored]
         if report.spill_bytes:
             faults.append(f"{report.spill_bytes} bytes of registers spilled to memory")
+        if (
+            job.source == "attention_wgmma"
+        ):  # its warpgroups share what the block starts with: less would hang
+            start = 65536 // (128 * (1 + dict(job.defines)["CONSUMERS"])) // 8 * 8
+            faults += [
+                f"starts with {e.registers} registers, not {start}"
+                for e in report.entries
+                if e.registers != start
+            ]
         bad += [f"{job.source} {job.arch} {job.label}: {fault}" for fault in faults]
     assert not bad, "\n".join(bad)
 
