@@ -39,9 +39,6 @@
 // No branch stands between the sum and the exponentials, so that the compiler mixes them: exponentials alone leave the
 // other pipes idle, a sum alone theirs. An item's last product is waited for, and its output written, between two steps.
 //
-// What costs: a product in flight takes issue slots and register bandwidth from the other work, so that instructions
-// count, those of one pipe (conversions, maxima, logical ones) twice.
-//
 // P never leaves registers. Lane 4r+q of an accumulator holds the keys 8i+2q, 8i+2q+1, an 8-bit A operand wants
 // four neighbours 4q..4q+3: the quantiser stores V's keys in the order that makes the two coincide.
 //

@@ -59,8 +59,8 @@ extern "C" __global__ void __launch_bounds__(kPackThreads, kPackBlocks) quantize
 }
 
 // Blocks: the tiles of V, then those of K, then the blocks of 128 rows of Q, each from the last to the first: the order
-// of quantize_statistics backwards, since the last tens of megabytes that it read are still in the L2 cache. (Taking
-// turns is slower: the three do not fit the instruction cache together.)
+// of quantize_statistics backwards, since what it read last may still be in the L2 cache. (Taking turns is slower: the
+// three do not fit the instruction cache together.)
 extern "C" __global__ void __launch_bounds__(kPackThreads, kPackBlocks) quantize_pack(const QuantizeParams p) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     float* const shared = reinterpret_cast<float*>(shared_memory);

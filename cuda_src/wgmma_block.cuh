@@ -64,7 +64,7 @@ static_assert(!kFolded || kOrder.row_words == 1, "the sum of P takes both rows o
 constexpr bool kSettleLate = !PIPELINED && (DP == 64 || (DP == 256 && kTileMax));
 // Whether V and the next K are there is looked up behind the exponentials, not before.
 constexpr bool kTestLate = !PIPELINED && (DP == 64 || (kFolded && K_SCALE == kScaleToken));
-// Fewer instructions for float16 results; at d = 64 the compiler makes a loop 6 % slower of it.
+// Fewer instructions for float16 results; at d = 64 the compiler made a slower loop of it.
 constexpr bool kSaturateAtOnce = DP > 64;
 
 static_assert(DP == 64 || DP == 128 || DP == 256, "head dimension is padded to 64, 128 or 256");

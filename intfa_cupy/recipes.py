@@ -267,7 +267,7 @@ def recipes() -> dict[str, Recipe]:
             The default, accurate under attention sinks: folded V, P against its tile's maximum, K's
             scale shared by 32 keys; K smoothed, channels equalised, Q and K rotated. With a scale for
             every key, ``recipes()["int8"].replace(k_granularity="token")``, it is the most accurate
-            fully INT8 attention: a tenth less error, for a slower kernel.
+            fully INT8 attention: a tenth less error, for a multiplication more at every score.
         ``int8-fast``
             The fastest: ``int8`` but for V, which has a scale per channel. Not for a strong attention
             sink whose value is small, nor for a V with one huge token: errors of 10 to 20 %, where

@@ -247,7 +247,7 @@ def _wgmma_tile(recipe: Recipe, Dp: int, consumers: int) -> Tile:
     return Tile("wgmma", rows, 128 * (1 + consumers), shared, tuple(macros.items()), persistent=True)
 
 
-# A row and a tile of keys take this much longer in a block of two warpgroups than of three (d = 64, an H200).
+# A row and a tile of keys are taken to last this much longer in a block of two warpgroups than of three.
 _TWO_WARPGROUPS = 1.075
 
 
@@ -313,11 +313,12 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
         # The logarithms of folded V take the registers of products.
         three = _Mma(beside=4, query_in_registers=False, min_blocks=3)
         if recipe.folded_v:
-            three = replace(three, beside=1, fence=8) if capability >= 120 else replace(three, beside=2)
+            three = replace(three, beside=0, fence=8) if capability >= 120 else replace(three, beside=2)
         four = _Mma(beside=0, fence=1 if capability < 90 else 4, query_in_registers=False, min_blocks=4)
         if recipe.folded_v:
             four = replace(four, fence=0)
-        if recipe.p_max == "running" or capability >= 100 or (recipe.folded_v and capability < 90):
+        token = recipe.k_granularity == "token"
+        if recipe.p_max == "running" or capability >= 100 or (recipe.folded_v and (token or capability < 90)):
             return _with_less_memory(three)
         return [four, *_with_less_memory(three)]
     if Dp == 128:
@@ -328,7 +329,7 @@ def _mma_options(recipe: Recipe, Dp: int, capability: int) -> list[_Mma]:
         two = _Mma(beside=8, fence=fence, min_blocks=2)
         if channel_scales and recipe.folded_v:
             two = replace(two, beside=4, fence=1 if capability < 100 else fence)
-        elif recipe.folded_v and capability < 100:
+        elif recipe.folded_v and recipe.k_granularity != "token" and capability < 100:
             two = replace(two, fence=2)
         one = int(channel_scales and recipe.folded_v and capability < 100)
         return [two, _Mma(buffers=1, fence=one or fence, min_blocks=2)]

@@ -248,6 +248,17 @@ def test_reference_moves(variant: Variant) -> None:
     check_on_schedules(quantize_numpy(q, k, v, recipe), case, variant)
 
 
+@pytest.mark.parametrize("variant", ANY, ids=repr)
+def test_exponents_below_zero(variant: Variant) -> None:
+    """The maximum of a row is far below zero, where floats order unlike integers."""
+    case = sts.Case(B=1, H=1, Hkv=1, Sq=33, Sk=3 * 128, D=variant.Dp)
+    q, k, v = case.logical()
+    q[..., 0] = 10
+    k[..., 0] = -100
+    recipe = variant.recipe.replace(smooth_k=False, equalize=False, hadamard=False)
+    check_on_schedules(quantize_numpy(q, k, v, recipe), case, variant)
+
+
 @pytest.mark.parametrize("operand", ["q", "k", "v"])
 @pytest.mark.parametrize("variant", ANY, ids=repr)
 def test_poison_spreads_as_far_as_stated(variant: Variant, operand: str) -> None:

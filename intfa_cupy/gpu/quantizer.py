@@ -189,6 +189,7 @@ def _scratch(p: Problem, Dp: int, q_chunks: int, k_chunks: int) -> list[tuple[st
 
 def quantizer(plan: Plan, dtype: str, lse_shift: bool = True) -> Quantizer:
     """Return a plan's quantiser on the current device, made at the first request."""
+    lse_shift = lse_shift and plan.problem.recipe.smooth_k  # else there is none in any case
     key = ("quantizer", devices.current(), dtype, lse_shift)
     found: Quantizer | None = plan.prepared.get(key)
     if found is None:
