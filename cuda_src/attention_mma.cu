@@ -840,7 +840,7 @@ struct Warp {
                 const float x = __int_as_float(s[2 * block + i / 2][2 * h + i % 2]);
                 e[i] = exp2_fast(kFolded ? x + shift[h] : fmaf(x, scale[h], shift[h]));
                 if (kFolded)
-                    sum[h] = fmaf(e[i], i / 2 ? i % 2 ? value.w : value.z : i % 2 ? value.y : value.x, sum[h]);
+                    sum[h] = fmaf(e[i], one_of(value, i), sum[h]);
                 else if (!kCountedSum && !kProductSum)
                     sum[h] += e[i];
             }

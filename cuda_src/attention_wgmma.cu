@@ -55,7 +55,7 @@
 //     v_scale   4 x DP floats
 //     records   4 x kRecordBytes
 //     deal      32 bytes
-//     barriers  4 * STAGES + 6
+//     barriers  4 * STAGES + 6      2 * STAGES of them V's, unused where it comes and goes with K
 //
 // Compile-time constants (-D):
 //     DP          64, 128, 256    padded head dimension
@@ -85,6 +85,11 @@ namespace intfa {
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
     return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+}
+
+__device__ __forceinline__ int quad_max(int x) {
+    x = max(x, __shfl_xor_sync(kFullWarp, x, 1));
+    return max(x, __shfl_xor_sync(kFullWarp, x, 2));
 }
 
 __device__ __forceinline__ float quad_sum(float x) {
@@ -151,9 +156,9 @@ struct Consumer {
     // Accumulators, P and the state of the two rows.
     float o[DP / 2];    // in units of kUnitOfO
     unsigned own[kInPlace ? 1 : 16];  // P
-    float reference[2]; // where O and l stand; kNowhere: the row has seen nothing
-    float l[2];         // this lane's share, in O's unit unless V is folded
-    float count[2];     // V folded: this lane's share of c, which is l elsewhere
+    float standing[2];  // the shift that O and l stand at; kNowhere: the row has seen nothing
+    float l[2];         // in O's unit unless V is folded; the lanes' shares make it up, but for whole_row()
+    float count[2];     // V folded: c, which is l elsewhere
     float factor[2];    // of the product under way, from the bits of an integer to O
     Cursor at;
 
@@ -221,9 +226,6 @@ struct Consumer {
     }
 
     // Word w of P. In place: in the last 16 scores, which are done with first, in the order of word_of().
-    __device__ __forceinline__ const unsigned& prob(const int (&s)[64], int w) const {
-        return kInPlace ? reinterpret_cast<const unsigned&>(s[48 + (w + 4) % 16]) : own[kInPlace ? 0 : w];
-    }
     __device__ __forceinline__ unsigned& prob(int (&s)[64], int w) {
         return kInPlace ? reinterpret_cast<unsigned&>(s[48 + (w + 4) % 16]) : own[kInPlace ? 0 : w];
     }
@@ -250,7 +252,7 @@ struct Consumer {
 
     // acc = P V of 2 n channels from the given one.
     template <int n>
-    __device__ __forceinline__ void issue_values(int (&acc)[n], const int (&s)[64], unsigned stage, int channel) const {
+    __device__ __forceinline__ void issue_values(int (&acc)[n], int (&s)[64], unsigned stage, int channel) {
         const unsigned b = value_low + stage_offset(stage, kTileBytes >> 4) + channel * (128 >> 4);
         wgmma_fence();
 #pragma unroll
@@ -288,7 +290,8 @@ struct Consumer {
     __device__ __forceinline__ void scale_scores(int (&s)[64], unsigned stage, const float (&scale)[2]) const {
         const unsigned aux = map.aux + stage_offset(stage, kAuxBytes);
 #pragma unroll
-        for (int i = 0; i < 64; i += 8) {
+        for (int j = 0; j < 64; j += 8) {
+            const int i = K_SCALE == kScaleGroup ? j % 16 * 4 + j / 16 * 8 : j;  // the one is faster, the other takes less
             float x[8];
 #pragma unroll
             for (int n = 0; n < 8; ++n) x[n] = static_cast<float>(s[i + n]);
@@ -311,9 +314,7 @@ struct Consumer {
     }
 
     // Of four values of keys that follow each other in V's order, that of accumulator element n.
-    static __device__ __forceinline__ float of_key(const float4& x, int n) {
-        return n & 4 ? (n & 1 ? x.w : x.z) : n & 1 ? x.y : x.x;
-    }
+    static __device__ __forceinline__ float of_key(const float4& x, int n) { return one_of(x, n / 4 * 2 + n % 2); }
 
     __device__ __forceinline__ void hide_scores(int (&s)[64], const Place& place) const {
 #pragma unroll
@@ -338,11 +339,12 @@ struct Consumer {
         }
     }
 
-    // Largest exponent of each of the two rows; -inf when the tile shows nothing. scale: to exponents.
+    // Largest exponent of each of the two rows; -inf when the tile shows nothing. scale: to exponents. With folded V a
+    // negative one may be wrong.
     template <bool masked>
     __device__ __forceinline__ void row_maxima(const int (&s)[64], const float (&scale)[2], float (&m)[2]) const {
         if (kRaw || kFolded) {
-            // With folded V floats, which order like integers unless they are negative.
+            // With folded V they are floats, which order like integers unless they are negative.
             int x[2][4];  // four chains a row, for the latency
 #pragma unroll
             for (int i = 0; i < 64; i += 2) {
@@ -351,24 +353,15 @@ struct Consumer {
             }
             int top[2];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) top[r] = max(max3(x[r][0], x[r][1], x[r][2]), x[r][3]);
-            if (kFolded && __builtin_expect(__any_sync(kFullWarp, (top[0] | top[1]) < 0), 0)) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    float y = -infinity();
-#pragma unroll
-                    for (int i = 2 * r; i < 64; i += 4)
-                        y = fmaxf(y, fmaxf(__int_as_float(s[i]), __int_as_float(s[i + 1])));
-                    top[r] = __float_as_int(y);
-                }
-            }
+            for (int r = 0; r < 2; ++r) top[r] = max3(max(x[r][0], x[r][1]), x[r][2], x[r][3]);
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 if (kFolded)
-                    m[r] = __int_as_float(top[r]);
+                    m[r] = __int_as_float(quad_max(top[r]));
                 else
                     m[r] = masked && top[r] == kHidden ? -infinity() : static_cast<float>(top[r]) * scale[r];
             }
+            if (kFolded) return;
         } else {
             float x[2][4];
 #pragma unroll
@@ -387,28 +380,57 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) m[r] = quad_max(m[r]);
     }
 
-    // From the rows' maxima: the shift of the exponents. Rounding may lift the largest P above LEVELS: round_bytes stops
-    // there (at 255; 127 has room).
+    // From the rows' maxima: the shift of the exponents, with which the largest becomes LEVELS. (Rounding may lift it
+    // above: round_bytes stops there, at 255; 127 has room.) Where the tile shows nothing, any will do.
     template <bool masked>
-    __device__ __forceinline__ void choose_shift(const float (&m)[2], float (&shift)[2]) {
-        if (!kTileMax) move_reference(m);
+    __device__ __forceinline__ void choose_shift(const int (&s)[64], float (&m)[2], float (&shift)[2]) {
+        to_shift<masked>(m, shift);
+        if (kFolded) {  // one branch for all that is rare
+            const bool negative = (__float_as_int(m[0]) | __float_as_int(m[1])) < 0;
+            if (__builtin_expect(__any_sync(kFullWarp, negative || too_far(shift, 0) || too_far(shift, 1)), 0)) {
+                maxima_of_floats(s, m);
+                to_shift<masked>(m, shift);
+                move_standing(shift);
+            }
+        } else if (!kTileMax) {
+            move_standing(shift);
+        }
+        if (!kTileMax) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float to = kTileMax ? m[r] : reference[r];
-            shift[r] = masked && to <= kNowhere ? kLargest : kLargest - to;
+            for (int r = 0; r < 2; ++r) shift[r] = standing[r];
         }
     }
 
-    // O and l go where a tile's maximum needs them, if it is too far above where they are.
-    __device__ __forceinline__ void move_reference(const float (&m)[2]) {
-        bool grow[2];
+    template <bool masked>
+    __device__ __forceinline__ void to_shift(const float (&m)[2], float (&shift)[2]) const {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) grow[r] = m[r] - reference[r] > (kTileMax ? kReferenceSlack : 0.0f);
+        for (int r = 0; r < 2; ++r) shift[r] = masked && m[r] <= -kNowhere ? standing[r] : kLargest - m[r];
+    }
+
+    // With folded V, the rows' maxima whatever their signs.
+    __device__ __forceinline__ void maxima_of_floats(const int (&s)[64], float (&m)[2]) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float y = -infinity();
+#pragma unroll
+            for (int i = 2 * r; i < 64; i += 4) y = fmaxf(y, fmaxf(__int_as_float(s[i]), __int_as_float(s[i + 1])));
+            m[r] = quad_max(y);
+        }
+    }
+
+    // Whether a tile's maximum is too far above that of where O and l are.
+    __device__ __forceinline__ bool too_far(const float (&shift)[2], int r) const {
+        return standing[r] - shift[r] > (kTileMax ? kReferenceSlack : 0.0f);
+    }
+
+    // If it is, O and l go to the tile's shift.
+    __device__ __forceinline__ void move_standing(const float (&shift)[2]) {
+        const bool grow[2] = {too_far(shift, 0), too_far(shift, 1)};
         if (!__builtin_expect(__any_sync(kFullWarp, grow[0] || grow[1]), 0)) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float down = grow[r] ? exp2_fast(reference[r] - m[r]) : 1.0f;
-            if (grow[r]) reference[r] = m[r];
+            const float down = grow[r] ? exp2_fast(shift[r] - standing[r]) : 1.0f;
+            if (grow[r]) standing[r] = shift[r];
             l[r] *= down;
             if (kFolded) count[r] *= down;
 #pragma unroll
@@ -417,19 +439,39 @@ struct Consumer {
         }
     }
 
-    // The factor of this tile's product, and l. sum: this lane's share of the tile's P. Nothing that P waits for, so it
-    // can run beside the product.
-    __device__ __forceinline__ void settle(const int (&s)[64], const float (&m)[2], const float (&sum)[2]) {
-        if (kTileMax) move_reference(m);
+    // The sums of the two rows' P: of all lanes' keys if kSumByProduct, else of this lane's.
+    __device__ __forceinline__ void sum_probabilities(int (&s)[64], int (&counted)[2]) {
+        int part[2][4] = {};  // two chains, for the latency
+        if (kSumByProduct) {
+#pragma unroll
+            for (int w = 0; w < 16; w += 4) add_row_sums(part[w / 8], &prob(s, w));
+        } else {
+#pragma unroll
+            for (int w = 0; w < 16; ++w) {
+                int& y = part[w / 8][2 * (w & 1)];
+                y = static_cast<int>(__dp4a(prob(s, w), 0x01010101u, static_cast<unsigned>(y)));
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) counted[r] = part[0][2 * r] + part[1][2 * r];
+    }
+
+    // Of a sum over the keys of all tiles: that of the four lanes that share a row.
+    static __device__ __forceinline__ float whole_row(float sum) { return kSumByProduct ? sum : quad_sum(sum); }
+
+    // The factor of this tile's product, and l. sum: see exponentials(). Nothing that P waits for, so it can run beside
+    // the product.
+    __device__ __forceinline__ void settle(int (&s)[64], const float (&shift)[2], const float (&sum)[2]) {
+        if (kTileMax && !kFolded) move_standing(shift);
+        int counted[2];
+        sum_probabilities(s, counted);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            factor[r] = kTileMax ? kProductRoom * exp2_fast(m[r] - reference[r]) : kProductRoom;
-            unsigned counted[2] = {0, 0};
-#pragma unroll
-            for (int w = r; w < 16; w += 2) counted[w / 8] = __dp4a(prob(s, w), 0x01010101u, counted[w / 8]);
+            const float up = kTileMax ? exp2_fast(standing[r] - shift[r]) : 1.0f;
+            factor[r] = kProductRoom * up;
             float& c = kFolded ? count[r] : l[r];
-            c = fmaf(__int_as_float(static_cast<int>(counted[0] + counted[1])), factor[r], c);
-            if (kFolded) l[r] = fmaf(sum[r] * (1.0f / kProductRoom), factor[r], l[r]);
+            c = fmaf(__int_as_float(counted[r]), factor[r], c);
+            if (kFolded) l[r] = fmaf(sum[r], up, l[r]);
         }
     }
 
@@ -438,7 +480,8 @@ struct Consumer {
         return __int_as_float(__float_as_int(x) | static_cast<int>(y & never));
     }
 
-    // P from the scores, and l. The exponentials take the place of the scores: no further registers are free.
+    // P from the scores, and with folded V this lane's sum of it before rounding, each over its key's scale of V. The
+    // exponentials take the place of the scores: no further registers are free.
     template <bool masked>
     __device__ __forceinline__ void exponentials(int (&s)[64], const float (&scale)[2], const float (&shift)[2],
                                                  const Place& place, float (&sum)[2]) {
@@ -448,11 +491,12 @@ struct Consumer {
         float shifts[2] = {shift[0], shift[1]};
 #pragma unroll
         for (int first = 0; first < 16; first += kOrder.block_words) {
+            if (first >= kOrder.chain * kOrder.block_words) {
 #pragma unroll
-            for (int v = first; v < first + kOrder.block_words; v += kOrder.row_words) {
-                const int r = word_of(v) & 1;
-                if (first >= kOrder.chain * kOrder.block_words)
+                for (int v = first; v < first + min(kOrder.block_words, 2 * kOrder.row_words); v += kOrder.row_words) {
+                    const int r = word_of(v) & 1;
                     shifts[r] = after(shifts[r], prob(s, word_of(v - kOrder.chain * kOrder.block_words)));
+                }
             }
 #pragma unroll
             for (int v = first; v < first + kOrder.block_words; ++v) {
@@ -490,7 +534,7 @@ struct Consumer {
     __device__ __forceinline__ void begin_item() {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            reference[r] = kNowhere;
+            standing[r] = kNowhere;
             l[r] = query_scale(r) * 0.0f;  // NaN for a poisoned row, and so it stays
             count[r] = 0.0f;
         }
@@ -523,18 +567,19 @@ struct Consumer {
                 const KeyRange keys = visible_keys(p, row);
                 sees = keys.begin < keys.end;
             }
-            const float sum = quad_sum(l[r]);
+            const float sum = kFolded ? quad_sum(l[r]) : whole_row(l[r]);
             const float total = kFolded ? sum : sum * (1.0f / kUnitOfO);
             // A row that sees a key has a sum, unless its scores are beyond what floats can tell apart.
-            const bool lost = sees && !(total > 0.0f && fabsf(reference[r]) < kLostExponent);
+            const float reference = kLargest - standing[r];
+            const bool lost = sees && !(total > 0.0f && fabsf(reference) < kLostExponent);
             const float poisoned = lost ? not_a_number() : guard + total * 0.0f;
             inverse[r] = finish_factor(total, poisoned) * (1.0f / kUnitOfO);
-            bias[r] = kValueBias * (kFolded ? quad_sum(count[r]) : sum);
+            bias[r] = kValueBias * (kFolded ? whole_row(count[r]) : sum);
             index[r] = batch * p.out_batch + (head - batch * p.heads) * p.out_head + row * p.out_row;
             if (p.lse != nullptr && quad == 0 && inside[r]) {
                 const long long at_row = static_cast<long long>(head) * p.queries + row;
                 const float offset = p.lse_shift != nullptr ? p.lse_shift[at_row] * p.scale : 0.0f;
-                const float from = reference[r] - (kFolded ? kFoldOffset : 0.0f);
+                const float from = reference - (kFolded ? kFoldOffset : 0.0f);
                 p.lse[at_row] = log_sum_exp(from, total, kLevels, offset, poisoned);
             }
         }
@@ -593,8 +638,7 @@ struct Consumer {
     template <bool masked>
     __device__ __forceinline__ void first_half(int (&s)[64], const Place& place, const float (&scale)[2],
                                                float (&m)[2]) {
-        if (kRaw) arrive_after(map.key_empty(place.ring.stage()), scale[0]);
-        if (place.last) arrive_after(map.query_empty(place.round & 1), scale[0] + scale[1]);
+        if (kRaw && !kTogether) arrive_after(map.key_empty(place.ring.stage()), scale[0]);
         if (!kRaw) scale_scores(s, place.ring.stage(), scale);
         if (masked && __builtin_expect(place.masked, 0)) hide_scores(s, place);
         row_maxima<masked>(s, scale, m);
@@ -617,15 +661,17 @@ struct Consumer {
     // From the row maxima to P. sum: see settle().
     template <bool masked>
     __device__ __forceinline__ void second_half(int (&s)[64], const Place& place, const float (&scale)[2],
-                                                const float (&m)[2], float (&sum)[2]) {
-        float shift[2];
-        bool value_ready = false;
-        if (!kTestLate) value_ready = value_here(place);
-        choose_shift<masked>(m, shift);
+                                                float (&m)[2], float (&shift)[2], float (&sum)[2]) {
+        bool value_ready = kTogether;
+        if (!kTogether && !kTestLate) value_ready = value_here(place);
+        choose_shift<masked>(s, m, shift);
         exponentials<masked>(s, scale, shift, place, sum);
-        if (kTestLate) value_ready = value_here(place);
+        if (!kTogether && kTestLate) value_ready = value_here(place);
         if (!value_ready) barrier_wait(map.value_full(place.ring.stage()), place.ring.phase());
     }
+
+    // After an item's last scores. Its scales have been read long before.
+    __device__ __forceinline__ void leave_queries() const { arrive(map.query_empty(at.round & 1)); }
 
     // Of an item that has no rows for this warpgroup, goes by all tiles but the last, giving back what the others work
     // on. The last one is worked out, for nothing, so that all items end alike.
@@ -634,8 +680,10 @@ struct Consumer {
         while (at.ring.count != at.last) {
             if (PIPELINED && at.ring.count > 0) arrive(map.value_empty(at.ring.previous_stage()));
             wait_key(false);
-            arrive(map.key_empty(at.ring.stage()));
-            barrier_wait(map.value_full(at.ring.stage()), at.ring.phase());
+            if (!kTogether) {
+                arrive(map.key_empty(at.ring.stage()));
+                barrier_wait(map.value_full(at.ring.stage()), at.ring.phase());
+            }
             if (!PIPELINED) arrive(map.value_empty(at.ring.stage()));
             at.ring.advance();
         }
@@ -647,37 +695,40 @@ struct Consumer {
     // S becomes P, and the product before is added to O. masked: the tile needs a mask.
     template <bool masked>
     __device__ __forceinline__ void probabilities(int (&s)[64], int (&product)[32], const Place& here,
-                                                  const float (&scale)[2], float (&m)[2], float (&sum)[2]) {
+                                                  const float (&scale)[2], float (&shift)[2], float (&sum)[2]) {
+        float m[2];
         if (!masked) first_half<masked>(s, here, scale, m);
         wgmma_wait<0>(product, own);
         if (here.ring.count > 0) arrive(map.value_empty(here.ring.previous_stage()));
         add_product(product, 0);
         if (masked) first_half<masked>(s, here, scale, m);  // hiding scores needs the product's registers
-        second_half<masked>(s, here, scale, m, sum);
+        second_half<masked>(s, here, scale, m, shift, sum);
     }
 
     // A step of the pipeline: S of the cursor's tile is in s, the product of the tile before under way. S of the next
     // tile and the tile's own product follow.
     __device__ __forceinline__ void step(int (&s)[64], int (&product)[32]) {
-        float scale[2], m[2], sum[2];
+        float scale[2], shift[2], sum[2];
         const Place here = place();
         // With a mask the answer costs a register too many for so long.
         bool key_ready = !MASKED && next_key_ready();
         read_scales(scale);
         if (MASKED && __builtin_expect(here.masked, 0))
-            probabilities<true>(s, product, here, scale, m, sum);
+            probabilities<true>(s, product, here, scale, shift, sum);
         else
-            probabilities<false>(s, product, here, scale, m, sum);
+            probabilities<false>(s, product, here, scale, shift, sum);
         if (MASKED) key_ready = next_key_ready();
-        settle(s, m, sum);
+        if (!kSettleLate) settle(s, shift, sum);
         at.ring.advance();
         if (__builtin_expect(here.last, 0)) {
+            leave_queries();
             ++at.round;
             enter_item();
         }
         wait_key(key_ready);
         issue_scores(s);
         issue_values(product, s, here.ring.stage(), 0);
+        if (kSettleLate) settle(s, shift, sum);
     }
 
     // At the first tile of an item: ends the item before, whose last product is under way. True past the last item.
@@ -718,10 +769,18 @@ struct Consumer {
     }
 #else
     // Gives back what lies beside K, too, if the exponentials read it: then l has all that was read in it.
-    __device__ __forceinline__ void settle_and_leave(const int (&s)[64], const float (&m)[2], const float (&sum)[2],
+    __device__ __forceinline__ void settle_and_leave(int (&s)[64], const float (&shift)[2], const float (&sum)[2],
                                                      const Place& place) {
-        settle(s, m, sum);
-        if (!kRaw) arrive_after(map.key_empty(place.ring.stage()), l[0]);
+        settle(s, shift, sum);
+        if (!kRaw && !kTogether) arrive_after(map.key_empty(place.ring.stage()), l[0]);
+    }
+
+    // After the product. All that was loaded from beside K and V is in it, but for reciprocals of V's scales: they are in l.
+    __device__ __forceinline__ void leave_values(unsigned stage) const {
+        if (kFolded && kTogether)
+            arrive_after(map.value_empty(stage), l[0]);
+        else
+            arrive(map.value_empty(stage));
     }
 
     // What a product takes of the array that the scores were in.
@@ -753,31 +812,33 @@ struct Consumer {
             wait_key(false);
             issue_scores(s);
             while (true) {
-                float scale[2], m[2], sum[2];
+                float scale[2], m[2], shift[2], sum[2];
                 const Place here = place();
+                if (kScalesFirst) read_scales(scale);
                 wgmma_wait<0>(s);
-                read_scales(scale);
+                if (!kScalesFirst) read_scales(scale);
                 first_half<MASKED>(s, here, scale, m);
                 bool key_ready = false;
                 if (!kTestLate) key_ready = next_key_ready();
-                second_half<MASKED>(s, here, scale, m, sum);
-                if (!kSettleLate) settle_and_leave(s, m, sum, here);
+                second_half<MASKED>(s, here, scale, m, shift, sum);
+                if (!kSettleLate) settle_and_leave(s, shift, sum, here);
                 if (kTestLate) key_ready = next_key_ready();
                 constexpr int width = kHalves ? 64 : 128;  // channels of a product
 #pragma unroll
                 for (int channel = 0; channel < DP; channel += width) {
                     auto& product = product_of(s);
                     issue_values(product, s, here.ring.stage(), channel);
-                    if (kSettleLate && channel == 0) settle_and_leave(s, m, sum, here);
+                    if (kSettleLate && channel == 0) settle_and_leave(s, shift, sum, here);
                     wait_values(product, s);
                     add_product(product, channel / 2);
                 }
-                arrive(map.value_empty(here.ring.stage()));
+                leave_values(here.ring.stage());
                 at.ring.advance();
                 if (here.last) break;
                 wait_key(key_ready);
                 issue_scores(s);
             }
+            leave_queries();
             finish_item(at.round);
         }
     }
@@ -795,6 +856,7 @@ extern "C" __global__ void __launch_bounds__(intfa::kThreads, 1)
         for (unsigned i = 0; i < 8 * kStages; i += 8) {
             barrier_init(map.key_full(i), 1);
             barrier_init(map.key_empty(i), 4 * kConsumers);
+            if (kTogether) continue;
             barrier_init(map.value_full(i), 1);
             barrier_init(map.value_empty(i), 4 * kConsumers);
         }

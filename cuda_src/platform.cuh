@@ -41,6 +41,9 @@ constexpr int kArchitecture = 0;
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
 
+// The i-th of four.
+__device__ __forceinline__ float one_of(const float4& x, int i) { return i & 2 ? (i & 1 ? x.w : x.z) : i & 1 ? x.y : x.x; }
+
 // --- arithmetic that must not be contracted into FMA (the quantiser is bit-equal to its NumPy model) ----------
 
 __device__ __forceinline__ float mul_rn(float a, float b) {

@@ -47,23 +47,28 @@ struct Order {
 };
 constexpr Order order() {
     if (kFolded) {
-        if (DP == 64) return {1, 4, 3};
-        if (DP == 256) return {1, 2, 2};
-        if (K_SCALE == kScaleToken) return {1, 2, MASKED ? 4 : 6};
-        return MASKED ? Order{1, 4, 2} : Order{1, 2, 4};
+        if (DP == 64) return {1, 2, MASKED ? 5 : 6};
+        if (DP == 256) return {1, 2, MASKED ? 6 : 1};
+        return {1, 2, K_SCALE == kScaleToken && !MASKED ? 3 : 1};
     }
-    if (!kRaw || !kTileMax) return {1, 2, 6};
-    if (DP == 256) return {1, 2, 3};
-    if (DP == 128) return MASKED ? Order{4, 2, 4} : Order{4, 4, 1};
-    if (kConsumers == 4) return {1, 4, OUT_PAIRS ? 3 : 2};  // else a register is lacking
-    return kConsumers == 2 ? Order{2, 4, 2} : Order{1, 2, 4};
+    if (!kTileMax) return DP == 128 && !MASKED ? Order{1, 2, 3} : Order{2, 2, 3};
+    if (!kRaw) return {1, 2, 6};
+    if (DP == 256) return MASKED ? Order{1, 2, 2} : Order{2, 4, 4};
+    if (DP == 128) return MASKED ? Order{2, 4, 3} : Order{4, 4, 3};
+    return kConsumers == 4 ? Order{1, 4, 5} : Order{4, 4, 2};
 }
 constexpr Order kOrder = order();
 static_assert(!kFolded || kOrder.row_words == 1, "the sum of P takes both rows of a key");
 // The sum of P is taken while P V is under way, not before it is issued.
-constexpr bool kSettleLate = !PIPELINED && (DP == 64 || (DP == 256 && kTileMax));
-// Whether V and the next K are there is looked up behind the exponentials, not before.
-constexpr bool kTestLate = !PIPELINED && (DP == 64 || (kFolded && K_SCALE == kScaleToken));
+constexpr bool kSettleLate = PIPELINED ? kConsumers == 2 : !kTileMax || (kRaw && DP == 64);
+// K and V of a tile come and go together: fewer instructions for the consumers. With two stages, K must go earlier.
+constexpr bool kTogether = kStages > 2;
+// Whether the next K (and V, if it comes alone) is there is looked up behind the exponentials, not before.
+constexpr bool kTestLate = !PIPELINED && (kFolded ? DP > 64 : kTileMax ? DP == 256 && !MASKED : DP == 128);
+// The sum of P is made by the tensor cores, not by dp4a.
+constexpr bool kSumByProduct = DP == 128 || !kRaw;
+// The scales of a tile are loaded before the scores are waited for, not after.
+constexpr bool kScalesFirst = !kRaw || DP == 256;
 // Fewer instructions for float16 results; at d = 64 the compiler made a slower loop of it.
 constexpr bool kSaturateAtOnce = DP > 64;
 
@@ -77,8 +82,8 @@ constexpr bool kHalves = DP == 64 && !PIPELINED;
 constexpr bool kInPlace = kConsumers == 4;
 static_assert(!kInPlace || kOrder.row_words == 1, "a word of P has the place of a score that is done with");
 
-// Where the O and l of a row stand that has seen nothing.
-constexpr float kNowhere = -3.402823466e38f;
+// The shift that O and l of a row stand at that has seen nothing.
+constexpr float kNowhere = 3.402823466e38f;
 
 constexpr float kLevels = P_LEVELS;
 static_assert(P_LEVELS == 255 || P_LEVELS == 127, "LEVELS");
@@ -117,8 +122,12 @@ struct SharedMap {
     // stage: of a Ring, 8 bytes each
     __device__ __forceinline__ unsigned key_full(unsigned stage) const { return barriers + stage; }
     __device__ __forceinline__ unsigned key_empty(unsigned stage) const { return barriers + 8 * kStages + stage; }
-    __device__ __forceinline__ unsigned value_full(unsigned stage) const { return barriers + 16 * kStages + stage; }
-    __device__ __forceinline__ unsigned value_empty(unsigned stage) const { return barriers + 24 * kStages + stage; }
+    __device__ __forceinline__ unsigned value_full(unsigned stage) const {
+        return kTogether ? key_full(stage) : barriers + 16 * kStages + stage;
+    }
+    __device__ __forceinline__ unsigned value_empty(unsigned stage) const {
+        return kTogether ? key_empty(stage) : barriers + 24 * kStages + stage;
+    }
     __device__ __forceinline__ unsigned query_full(int buffer) const { return barriers + 8 * (4 * kStages + buffer); }
     __device__ __forceinline__ unsigned query_empty(int buffer) const {
         return barriers + 8 * (4 * kStages + 2 + buffer);
@@ -281,14 +290,16 @@ __device__ __forceinline__ void produce_tiles(const AttentionParams& p, const Sh
         for (; count > 0; --count, ++tile) {
             const unsigned key_full = map.key_full(ring.stage());
             barrier_wait(map.key_empty(ring.stage()), ring.phase() ^ 1);
-            barrier_expect(key_full, kTileBytes + kAuxBytes);
+            barrier_expect(key_full, kTileBytes + kAuxBytes + (kTogether ? kTileBytes : 0));
             bulk_copy(map.key + stage_offset(ring.stage(), kTileBytes), p.k + tile * kTileBytes, kTileBytes, key_full);
             const unsigned aux = map.aux + stage_offset(ring.stage(), kAuxBytes);
             bulk_copy(aux, p.k_scale + tile * (kScaleBytes / 4), kScaleBytes, key_full);
             if (kFolded) bulk_copy(aux + kScaleBytes, p.v_fold + tile * (2 * kTileKeys), 8 * kTileKeys, key_full);
             const unsigned value_full = map.value_full(ring.stage());
-            barrier_wait(map.value_empty(ring.stage()), ring.phase() ^ 1);
-            barrier_expect(value_full, kTileBytes);
+            if (!kTogether) {
+                barrier_wait(map.value_empty(ring.stage()), ring.phase() ^ 1);
+                barrier_expect(value_full, kTileBytes);
+            }
             bulk_copy(map.value + stage_offset(ring.stage(), kTileBytes),
                       static_cast<const signed char*>(p.v) + tile * kTileBytes, kTileBytes, value_full);
             ring.advance();

@@ -248,7 +248,7 @@ def _wgmma_tile(recipe: Recipe, Dp: int, consumers: int) -> Tile:
 
 
 # A row and a tile of keys are taken to last this much longer in a block of two warpgroups than of three.
-_TWO_WARPGROUPS = 1.075
+_TWO_WARPGROUPS = 1.125
 
 
 @lru_cache(maxsize=1024)

@@ -143,4 +143,16 @@ inline void wgmma_u8u8(int (&acc)[n], const unsigned* a, unsigned long long b, b
     issue<unsigned char, unsigned char>(acc, a, b, add, site);
 }
 
+// --- sums of rows -----------------------------------------------------------------------------------------------
+
+inline void add_row_sums(int (&sums)[4], const unsigned* a) {
+    Row rows[2];
+    read_a(rows, a);
+    for (int i = 0; i < 4; ++i) {
+        unsigned char bytes[32];
+        __builtin_memcpy(bytes, &rows[i / 2], sizeof bytes);
+        for (const int byte : bytes) sums[i] += byte;
+    }
+}
+
 }  // namespace intfa
