@@ -65,8 +65,8 @@ constexpr bool kSettleLate = PIPELINED ? kConsumers == 2 : !kTileMax || (kRaw &&
 constexpr bool kTogether = kStages > 2;
 // Whether the next K (and V, if it comes alone) is there is looked up behind the exponentials, not before.
 constexpr bool kTestLate = !PIPELINED && (kFolded ? DP > 64 : kTileMax ? DP == 256 && !MASKED : DP == 128);
-// The sum of P is made by the tensor cores, not by dp4a; that takes registers.
-constexpr bool kSumByProduct = (DP == 128 || !kRaw) && !(kFolded && !kTileMax);
+// The sum of P is made by the tensor cores, not by dp4a.
+constexpr bool kSumByProduct = DP == 128 || !kRaw;
 // The scales of a tile are loaded before the scores are waited for, not after.
 constexpr bool kScalesFirst = !kRaw || DP == 256;
 // Fewer instructions for float16 results; at d = 64 the compiler made a slower loop of it.

@@ -508,7 +508,7 @@ def find(name: str, problem: Problem, device: Device) -> tuple[Tile | None, str 
             None,
             f"needs {blocks:,} blocks for Sq = {problem.Sq}, Sk = {problem.Sk}; the limits are 2^31 and 2^30",
         )
-    if tile.specializes and not _hides_keys(problem):
+    if tile.specializes and not (_hides_keys(problem) or _keeps_masks(name, problem.recipe)):
         tile = replace(tile, masked=False)
     return tile, None
 
@@ -516,6 +516,11 @@ def find(name: str, problem: Problem, device: Device) -> tuple[Tile | None, str 
 def _hides_keys(problem: Problem) -> bool:
     """Whether some row may not see some key of a tile."""
     return problem.masked or problem.Sk % TILE != 0
+
+
+def _keeps_masks(name: str, recipe: Recipe) -> bool:
+    """Whether a recipe always takes the code with masks: without, the compiler finds too few registers."""
+    return name == "wgmma" and recipe.folded_v and recipe.p_max == "running"
 
 
 def variants(name: str, recipe: Recipe, arch: str) -> list[Tile]:

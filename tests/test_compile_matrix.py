@@ -33,8 +33,11 @@ RECIPES = ("int8", "int8-fast", "paper-int8", "half-int8", "int8-tokens")
 ALL_RECIPES_ON = ("sm_75", "sm_80", "sm_90a", "sm_120")
 # Formats that only the mma kernel has.
 FORMATS = ("int4", "k4", "fp16", "fp8-e4m3")
+# One of those that wgmma keeps the masks for.
+MASKED = ("int8-running",)
 R = intfa.recipes()
 R["int8-tokens"] = R["int8"].replace(k_granularity="token")
+R["int8-running"] = R["int8-tokens"].replace(p_max="running")
 # Where the variants for unmasked problems and plain outputs are compiled too.
 UNMASKED_ON = ("sm_80", "sm_90a")
 
@@ -55,22 +58,30 @@ def chosen(kernel: str, name: str, arch: str, Sk: int) -> list[tiles.Tile]:
     if kernel == "wgmma" and arch != "sm_90a":
         return []
     device = tiles.Device(arch, capability, 1, tiles.SHARED_MEMORY[capability] * 1024)
-    problems = [Problem(1, 1, 1, Sq, Sk, Dp, R[name]) for Dp in (64, 128, 256) for Sq in (1, 192)]
+    right = -1 if Sk == tiles.TILE else 0
+    problems = [
+        Problem(1, 1, 1, Sq, Sk, Dp, R[name], right=right) for Dp in (64, 128, 256) for Sq in (128, 192)
+    ]
     found = [tile for p in problems if (tile := tiles.find(kernel, p, device)[0]) is not None]
     return list(dict.fromkeys(found))
 
 
 def attention_jobs(kernel: str) -> Iterator[Job]:
     for arch in ARCHITECTURES:
-        for name in RECIPES + FORMATS if kernel == "mma" or arch in ALL_RECIPES_ON else RECIPES[:2]:
+        names = RECIPES + FORMATS if kernel == "mma" or arch in ALL_RECIPES_ON else RECIPES[:2]
+        for name in names + MASKED if kernel == "wgmma" else names:
             found = chosen(kernel, name, arch, 1)
             if arch in UNMASKED_ON:
                 found += [tile for tile in chosen(kernel, name, arch, tiles.TILE) if not tile.masked]
-            for tile in found:
-                defines = tile.defines("float16", pairs=not tile.masked)
+            # wgmma's four warpgroups have no register left, which may then depend on how they store.
+            for tile, pairs in [(t, not t.masked) for t in found] + [
+                (t, False) for t in found if not t.masked and kernel == "wgmma"
+            ]:
+                defines = tile.defines("float16", pairs=pairs)
                 Dp = defines.get("INTFA_DP", defines.get("DP"))
                 label = f"{name} d={Dp} {tile.rows} rows {tile.shared_memory:,} B"
-                yield Job(tile.entry, arch, label + " unmasked" * (not tile.masked), tuple(defines.items()))
+                label += " unmasked" * (not tile.masked) + " pairs" * pairs
+                yield Job(tile.entry, arch, label, tuple(defines.items()))
 
 
 def quantizer_jobs() -> Iterator[Job]:
