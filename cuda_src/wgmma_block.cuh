@@ -40,8 +40,8 @@ static_assert(kScaleGroup == 1, "RAW");
 static_assert(K_SCALE == kScaleGroup || K_SCALE == kScaleToken, "K scale per token or per group");
 
 // The exponentials run in blocks of block_words words of P (each of 4 keys of a row), row_words of the same row next to
-// each other. A block starts after the probabilities of the one `chain` before are packed; left to itself the compiler
-// puts most exponentials in one run, and all packing behind it.
+// each other. A block's exponentials of a row start after a word of the row is packed, of the block `chain` before; left
+// to itself the compiler puts most exponentials in one run, and all packing behind it.
 struct Order {
     int row_words, block_words, chain;
 };
