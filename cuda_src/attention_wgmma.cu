@@ -658,7 +658,7 @@ struct Consumer {
         if (!ready && at.end != 0) barrier_wait(map.key_full(at.ring.stage()), at.ring.phase());
     }
 
-    // From the row maxima to P. sum: see settle().
+    // From the row maxima to P. sum: see exponentials().
     template <bool masked>
     __device__ __forceinline__ void second_half(int (&s)[64], const Place& place, const float (&scale)[2],
                                                 float (&m)[2], float (&shift)[2], float (&sum)[2]) {
