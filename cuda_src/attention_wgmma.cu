@@ -291,7 +291,7 @@ struct Consumer {
         const unsigned aux = map.aux + stage_offset(stage, kAuxBytes);
 #pragma unroll
         for (int j = 0; j < 64; j += 8) {
-            const int i = K_SCALE == kScaleGroup ? j % 16 * 4 + j / 16 * 8 : j;  // the one is faster, the other takes less
+            const int i = K_SCALE == kScaleGroup ? j % 16 * 4 + j / 16 * 8 : j;  // for speed; for registers
             float x[8];
 #pragma unroll
             for (int n = 0; n < 8; ++n) x[n] = static_cast<float>(s[i + n]);
@@ -381,7 +381,8 @@ struct Consumer {
     }
 
     // From the rows' maxima: the shift of the exponents, with which the largest becomes LEVELS. (Rounding may lift it
-    // above: round_bytes stops there, at 255; 127 has room.) Where the tile shows nothing, any will do.
+    // above: round_bytes stops there, at 255; 127 has room.) Of a row that the tile shows nothing, the one that O and l
+    // stand at, for a factor of 1: P is hidden in any case.
     template <bool masked>
     __device__ __forceinline__ void choose_shift(const int (&s)[64], float (&m)[2], float (&shift)[2]) {
         to_shift<masked>(m, shift);
@@ -775,7 +776,7 @@ struct Consumer {
         if (!kRaw && !kTogether) arrive_after(map.key_empty(place.ring.stage()), l[0]);
     }
 
-    // After the product. All that was loaded from beside K and V is in it, but for reciprocals of V's scales: they are in l.
+    // After the product. What was loaded from beside K and V is in it, or (the reciprocals of V's scales) in l.
     __device__ __forceinline__ void leave_values(unsigned stage) const {
         if (kFolded && kTogether)
             arrive_after(map.value_empty(stage), l[0]);

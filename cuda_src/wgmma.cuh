@@ -110,8 +110,8 @@ __device__ __forceinline__ void wgmma_u8u8(int (&acc)[32], const unsigned* a, un
 
 // --- sums of rows, warp by warp --------------------------------------------------------------------------------
 
-// To sums[0] and sums[2], those of rows r and r+8 of 32 unsigned bytes each, in registers like an unsigned A. (A product
-// with ones; sums[1] and sums[3] are the same once more.)
+// To sums[0] and sums[2], those of rows r and r+8 of 32 unsigned bytes each, in registers like an unsigned A. (A
+// product with ones; sums[1] and sums[3] are the same once more.)
 __device__ __forceinline__ void add_row_sums(int (&sums)[4], const unsigned* a) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %8}, "
         "{%0, %1, %2, %3};"

@@ -33,8 +33,8 @@ RECIPES = ("int8", "int8-fast", "paper-int8", "half-int8", "int8-tokens")
 ALL_RECIPES_ON = ("sm_75", "sm_80", "sm_90a", "sm_120")
 # Formats that only the mma kernel has.
 FORMATS = ("int4", "k4", "fp16", "fp8-e4m3")
-# One of those that wgmma keeps the masks for.
-MASKED = ("int8-running",)
+# Of those that wgmma takes the code with masks for in any case, the one with the most values to keep.
+ALWAYS_MASKED = ("int8-running",)
 R = intfa.recipes()
 R["int8-tokens"] = R["int8"].replace(k_granularity="token")
 R["int8-running"] = R["int8-tokens"].replace(p_max="running")
@@ -58,7 +58,7 @@ def chosen(kernel: str, name: str, arch: str, Sk: int) -> list[tiles.Tile]:
     if kernel == "wgmma" and arch != "sm_90a":
         return []
     device = tiles.Device(arch, capability, 1, tiles.SHARED_MEMORY[capability] * 1024)
-    right = -1 if Sk == tiles.TILE else 0
+    right = -1 if Sk == tiles.TILE else 0  # with a mask, the queries decide between two and three warpgroups
     problems = [
         Problem(1, 1, 1, Sq, Sk, Dp, R[name], right=right) for Dp in (64, 128, 256) for Sq in (128, 192)
     ]
@@ -69,19 +69,18 @@ def chosen(kernel: str, name: str, arch: str, Sk: int) -> list[tiles.Tile]:
 def attention_jobs(kernel: str) -> Iterator[Job]:
     for arch in ARCHITECTURES:
         names = RECIPES + FORMATS if kernel == "mma" or arch in ALL_RECIPES_ON else RECIPES[:2]
-        for name in names + MASKED if kernel == "wgmma" else names:
+        for name in names + ALWAYS_MASKED if kernel == "wgmma" else names:
             found = chosen(kernel, name, arch, 1)
             if arch in UNMASKED_ON:
                 found += [tile for tile in chosen(kernel, name, arch, tiles.TILE) if not tile.masked]
-            # wgmma's four warpgroups have no register left, which may then depend on how they store.
-            for tile, pairs in [(t, not t.masked) for t in found] + [
-                (t, False) for t in found if not t.masked and kernel == "wgmma"
-            ]:
-                defines = tile.defines("float16", pairs=pairs)
-                Dp = defines.get("INTFA_DP", defines.get("DP"))
-                label = f"{name} d={Dp} {tile.rows} rows {tile.shared_memory:,} B"
-                label += " unmasked" * (not tile.masked) + " pairs" * pairs
-                yield Job(tile.entry, arch, label, tuple(defines.items()))
+            for tile in found:
+                # wgmma has few registers left: how it stores may decide.
+                for pairs in (False, True) if kernel == "wgmma" else (not tile.masked,):
+                    defines = tile.defines("float16", pairs=pairs)
+                    Dp = defines.get("INTFA_DP", defines.get("DP"))
+                    label = f"{name} d={Dp} {tile.rows} rows {tile.shared_memory:,} B"
+                    label += " unmasked" * (not tile.masked) + " pairs" * pairs
+                    yield Job(tile.entry, arch, label, tuple(defines.items()))
 
 
 def quantizer_jobs() -> Iterator[Job]:
